@@ -1,0 +1,441 @@
+"""Evaluate and look: depth and segmentation metrics, pictures of any image, tables of many runs.
+
+    python evaluate.py depth --weights runs/NAME --data kitti --frames 105:144     # or the Eigen split, without --frames
+    python evaluate.py seg --weights runs/NAME --data camvid
+    python evaluate.py predict --weights runs/NAME street.jpg folder/ --output predictions
+    python evaluate.py tables --log_dir runs
+
+The metrics are functions that return dicts; training calls the same ones.
+"""
+
+import argparse
+import csv
+import json
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+import datasets
+import losses
+import networks
+from utils import InputError, pick_device, run_main, save_json
+
+DEPTH_METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3")
+STEREO_SCALE = 5.4  # metres in the unit of Monodepth2's stereo weights, whose baseline is 0.1
+RELEASE_CLASSES = (0, 1, 2, 8, 9, 10, 13)  # train ids of the 7 classes that the authors' release averages
+
+
+# ---------------------------------------------------------------------------------------------- depth metrics
+
+def depth_errors(measured: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """The seven metrics of Eigen et al. over matching positive depths in metres."""
+    if measured.shape != predicted.shape:
+        raise ValueError(f"predicted depth is {predicted.shape}, measured depth {measured.shape}")
+    ratio = np.maximum(measured / predicted, predicted / measured)
+    difference = measured - predicted
+    log_difference = np.log(measured) - np.log(predicted)
+    return {"abs_rel": float(np.mean(np.abs(difference) / measured)), "sq_rel": float(np.mean(difference ** 2 / measured)),
+            "rmse": float(np.sqrt(np.mean(difference ** 2))), "rmse_log": float(np.sqrt(np.mean(log_difference ** 2))),
+            **{f"a{k}": float(np.mean(ratio < 1.25 ** k)) for k in (1, 2, 3)}}
+
+
+def garg_crop(height: int, width: int) -> tuple[int, int, int, int]:
+    """Rows and columns (top, bottom, left, right) that the Eigen protocol evaluates."""
+    return tuple(int(share * size) for share, size in
+                 ((0.40810811, height), (0.99189189, height), (0.03594771, width), (0.96405229, width)))
+
+
+def evaluate_depth_image(inverse_depth: np.ndarray, measured: np.ndarray, scale: float | str = "median", min_depth: float = 1e-3,
+                         max_depth: float = 80.0, crop: bool = True) -> dict[str, float]:
+    """Eigen protocol for one image.
+
+    inverse_depth: (h, w) 1 / metres (or up to scale), of any size; measured: (H, W) metres, 0 = no measurement.
+    scale: "median" (ratio of medians) or a factor that makes metres of the prediction. Without the crop, every measured pixel counts.
+    Returns the seven metrics, "ratio" (of medians), "scale" (used) and "pixels"; empty when nothing was measured.
+    """
+    H, W = measured.shape
+    resized = F.interpolate(torch.from_numpy(inverse_depth)[None, None], (H, W), mode="bilinear", align_corners=False)[0, 0].numpy()
+    if crop:
+        top, bottom, left, right = garg_crop(H, W)
+        valid = np.zeros((H, W), bool)
+        valid[top:bottom, left:right] = True
+        valid &= (measured > min_depth) & (measured < max_depth)
+    else:
+        valid = measured > 0
+    if not valid.any():
+        return {}
+    measured, predicted = measured[valid], 1 / resized[valid]
+    ratio = float(np.median(measured) / np.median(predicted))
+    factor = ratio if scale == "median" else scale
+    return {**depth_errors(measured, (predicted * factor).clip(min_depth, max_depth)), "ratio": ratio, "scale": factor,
+            "pixels": int(valid.sum())}
+
+
+def summarise_depth(rows: list[dict]) -> dict[str, float]:
+    """Mean of every metric over images, with median and deviation of the ratios of medians."""
+    ratios = np.array([row["ratio"] for row in rows])
+    return {**{key: float(np.mean([row[key] for row in rows])) for key in DEPTH_METRICS}, "images": len(rows),
+            "ratio_median": float(np.median(ratios)), "ratio_deviation": float(np.std(ratios / np.median(ratios)))}
+
+
+def constant_depth(maps: list[np.ndarray]) -> np.ndarray:
+    """The best constant picture: per-pixel median of measured depth maps (H, W), gaps filled along the row, empty rows from below."""
+    stacked = np.stack(maps).astype(np.float32)
+    stacked[stacked == 0] = np.nan
+    filled = np.isfinite(stacked).any(0)
+    picture = np.zeros(stacked.shape[1:], np.float32)
+    picture[filled] = np.nanmedian(stacked[:, filled], axis=0)
+    columns = np.arange(picture.shape[1])
+    for row in reversed(range(len(picture))):
+        known = filled[row]
+        if known.any():
+            picture[row] = np.interp(columns, columns[known], picture[row, known])
+        elif row + 1 < len(picture):
+            picture[row] = picture[row + 1]
+    empty = picture[:, 0] == 0  # rows below the lowest measurement
+    picture[empty] = picture[~empty][-1] if (~empty).any() else 1
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------- segmentation metrics
+
+def confusion_matrix(label: torch.Tensor, prediction: torch.Tensor, classes: int) -> torch.Tensor:
+    """(classes, classes) int64 counts, rows = truth; pixels labelled 255 are left out.
+
+    Raises ValueError for maps of different shapes and ids out of range.
+    """
+    if label.shape != prediction.shape:
+        raise ValueError(f"prediction is {tuple(prediction.shape)}, label {tuple(label.shape)}")
+    valid = label != datasets.IGNORE
+    label, prediction = label[valid], prediction[valid]
+    for name, ids in (("label", label), ("prediction", prediction)):
+        if len(ids) and (ids.min() < 0 or ids.max() >= classes):
+            raise ValueError(f"{name} ids must be in 0 to {classes - 1}, found {int(ids.min())} to {int(ids.max())}")
+    return torch.bincount(label * classes + prediction, minlength=classes ** 2).view(classes, classes)
+
+
+def segmentation_scores(confusion: torch.Tensor) -> dict:
+    """mIoU and pixel accuracy in percent over a whole data set; classes that occur in neither map are left out of the mean."""
+    counts = confusion.double()
+    correct = counts.diag()
+    union = counts.sum(0) + counts.sum(1) - correct
+    iou = torch.where(union > 0, 100 * correct / union.clamp(min=1), torch.nan)
+    return {"miou": float(iou.nanmean()), "pixel_accuracy": float(100 * correct.sum() / counts.sum().clamp(min=1)), "iou": iou.tolist()}
+
+
+def release_score(label: torch.Tensor, prediction: torch.Tensor) -> float:
+    """One image as the authors' release scores it: mean IoU in percent over 7 classes, for comparison with the paper's numbers.
+
+    Predictions on unlabelled pixels count as false positives, and a class that is predicted but absent scores 0.
+    """
+    scores = []
+    for c in RELEASE_CLASSES:
+        union = ((label == c) | (prediction == c)).sum()
+        if union > 0:
+            scores.append(float(((label == c) & (prediction == c)).sum() / union))
+    return 100 * float(np.mean(scores)) if scores else float("nan")
+
+
+@torch.inference_mode()
+def evaluate_segmentation(model: torch.nn.Module, dataset: datasets.Labelled, device: torch.device, batch_size: int = 8) -> dict:
+    """Scores of a segmenter on every image, at the labels' native size.
+
+    Returns "miou" and "pixel_accuracy" in percent, "iou" by class name, "cross_entropy" in nats per pixel (the paper's proxy of
+    H(y|h), Eq. 3), and for the 19 Cityscapes classes "release_miou". The model's mode is restored.
+    """
+    classes = len(dataset.classes)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    confusion, nats, pixels, release = torch.zeros(classes, classes, dtype=torch.int64), 0.0, 0, []
+    for batch in DataLoader(dataset, batch_size):
+        logits = model(datasets.to_device(batch, device)["image"])[0]
+        for one, index in zip(logits, batch["index"].tolist()):
+            label = dataset.native_label(index).to(device)
+            one = F.interpolate(one[None], label.shape, mode="bilinear", align_corners=False)
+            prediction = one[0].argmax(0)
+            confusion += confusion_matrix(label, prediction, classes).cpu()
+            nats += float(F.cross_entropy(one, label[None], ignore_index=datasets.IGNORE, reduction="sum"))
+            pixels += int((label != datasets.IGNORE).sum())
+            release.append(release_score(label, prediction))
+    for module, mode in modes:
+        module.training = mode
+    scores = segmentation_scores(confusion)
+    scores["iou"] = dict(zip(dataset.classes, scores["iou"]))
+    scores["cross_entropy"] = nats / max(pixels, 1)
+    scores["images"] = len(dataset)
+    if dataset.classes == datasets.CITYSCAPES_CLASSES:
+        scores["release_miou"] = float(np.nanmean(release))
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------- colours
+
+DEPTH_COLOURS = torch.tensor([(13, 8, 35), (59, 15, 112), (114, 31, 129), (168, 46, 126), (222, 73, 104), (248, 118, 92),
+                              (254, 167, 111), (254, 211, 149), (252, 248, 196)]) / 255  # dark = far, bright = near
+
+
+def colour_depth(depth: torch.Tensor) -> torch.Tensor:
+    """Depth (B, 1, H, W) as colours (B, 3, H, W): inverse depth between its 2nd and 98th percentile."""
+    inverse = 1 / depth.clamp(min=1e-6)
+    sorted_values = inverse.flatten(1).sort(1).values
+    n = sorted_values.shape[1] - 1
+    low, high = (sorted_values[:, int(q * n)].view(-1, 1, 1) for q in (0.02, 0.98))
+    position = ((inverse[:, 0] - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * (len(DEPTH_COLOURS) - 1)
+    below = position.long().clamp(max=len(DEPTH_COLOURS) - 2)
+    colours, share = DEPTH_COLOURS.to(depth.device), (position - below)[..., None]
+    return (colours[below] * (1 - share) + colours[below + 1] * share).permute(0, 3, 1, 2)
+
+
+def colour_flow(flow: torch.Tensor) -> torch.Tensor:
+    """Flow (B, 2, H, W) as colours: hue is direction, saturation is length relative to the longest."""
+    length = flow.norm(dim=1)
+    saturation = (length / length.flatten(1).amax(1).view(-1, 1, 1).clamp(min=1e-9)).clamp(0, 1)
+    hue = torch.atan2(flow[:, 1], flow[:, 0]) / (2 * torch.pi)
+    red = torch.stack([torch.ones_like(hue), 1 - saturation, 1 - saturation], 1)
+    return datasets.shift_hue(red, hue)
+
+
+def colour_labels(label: torch.Tensor, colours: tuple) -> torch.Tensor:
+    """Train ids (B, H, W) as colours (B, 3, H, W); ignored pixels black."""
+    table = torch.zeros(256, 3)
+    table[:len(colours)] = torch.tensor(colours) / 255
+    return table.to(label.device)[label.long()].permute(0, 3, 1, 2)
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> Pillow."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+# ---------------------------------------------------------------------------------------------- sub-commands
+
+def test_clips(args: argparse.Namespace, frames: tuple, height: int, width: int) -> datasets.KittiRaw:
+    """Left-camera test frames with ground truth: the Eigen test split, or the frames asked for."""
+    cls, root = datasets.find_data(args.data, args.data_path, datasets.CLIPS)
+    if cls is not datasets.KittiRaw:
+        raise InputError(f"evaluate.py depth needs LiDAR in KITTI's layout; --data {args.data} has none")
+    options = {"drives": args.drives, "frames": tuple(frames), "cameras": "l", "height": height, "width": width}
+    return cls(root, ["0"], split="test", with_depth=True, **options)
+
+
+def ground_truth(dataset: datasets.KittiRaw, kind: str) -> tuple[str, list]:
+    """Which measurement counts for each sample: ("velodyne_x", the published protocol, or "z"), and the samples' depth entries."""
+    raw = []
+    for sample in dataset.samples:
+        image = sample["images"][0]
+        folder = os.path.relpath(os.path.dirname(os.path.dirname(os.path.dirname(image))), dataset.root)
+        points = dataset.velodyne_file(folder, int(os.path.splitext(os.path.basename(image))[0]))
+        raw.append(points and ("velodyne", points, folder, "l", True))
+    if kind == "z" or (kind == "auto" and None in raw):
+        return "z", [sample["depth"] for sample in dataset.samples]
+    if None in raw:
+        raise InputError(f"--ground_truth velodyne_x: {raw.count(None)} of {len(raw)} frames have no velodyne .bin; use --ground_truth z")
+    return "velodyne_x", raw
+
+
+@torch.inference_mode()
+def depth_command(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    if args.baseline:
+        dataset = test_clips(args, args.frames, 32, 32)
+        training = test_clips(args, args.train_frames, 32, 32)
+        shape = dataset.depth_map(dataset.samples[0]["depth"]).shape
+        maps = [training.depth_map(s["depth"]) for s in training.samples]
+        picture = constant_depth([m for m in maps if m.shape == shape])
+        predict, scale, what = (lambda sample: 1 / picture), args.scale or 1.0, f"constant picture of {len(maps)} frames"
+    else:
+        model, options = networks.load_model(args.weights)
+        if options["task"] != "depth":
+            raise InputError(f"{args.weights} was trained for {options['task']}, not for depth")
+        model.to(device)
+        dataset = test_clips(args, args.frames, options["height"], options["width"])
+        metric = options.get("supervision") in ("stereo", "mono+stereo", "depth")
+        scale = args.scale or (1.0 if metric else STEREO_SCALE if options.get("use_stereo") else "median")
+
+        def predict(sample: dict) -> np.ndarray:
+            disparity = model(sample["frames"][None, 0].to(device).float() / 255)[0].sigmoid()
+            return (1 / losses.disparity_to_depth(disparity, options["min_depth"], options["max_depth"]))[0, 0].cpu().numpy()
+        what = args.weights
+
+    kind, entries = ground_truth(dataset, args.ground_truth)
+    dataset.with_depth = False
+    rows = []
+    for index, entry in enumerate(tqdm(entries, desc="depth", disable=None)):
+        row = evaluate_depth_image(predict(dataset[index]), dataset.depth_map(entry), scale, args.min_eval, args.max_eval, not args.no_crop)
+        if row:
+            rows.append({"image": dataset.samples[index]["images"][0], **row})
+    if not rows:
+        raise InputError(f"{dataset.name}: no measured pixel in any frame")
+    result = {**summarise_depth(rows), "ground_truth": kind, "scale": scale, "crop": "none" if args.no_crop else "garg", "cap": args.max_eval}
+    scaling = "median scaling" if scale == "median" else f"factor {scale:g}, no median scaling"
+    print(f"{what}: {len(rows)} images of {dataset.name}; ground truth {kind}, {scaling}, cap {args.max_eval:g} m, crop {result['crop']}")
+    print("  ".join(f"{key:>8}" for key in DEPTH_METRICS))
+    print("  ".join(f"{result[key]:8.4f}" for key in DEPTH_METRICS))
+    print(f"ratio of medians: median {result['ratio_median']:.3f}, relative deviation {result['ratio_deviation']:.3f}")
+    if args.output:
+        os.makedirs(args.output, exist_ok=True)
+        with open(os.path.join(args.output, "depth.csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        save_json(os.path.join(args.output, "depth.json"), result)
+    return 0
+
+
+def seg_command(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    model, options = networks.load_model(args.weights)
+    if options["task"] != "segmentation":
+        raise InputError(f"{args.weights} was trained for {options['task']}, not for segmentation")
+    cls, root = datasets.find_data(args.data or options["data"], args.data_path, datasets.LABELLED)
+    dataset = cls(root, "val", height=options["height"], width=options["width"])
+    if list(dataset.classes) != list(options["classes"]):
+        raise InputError(f"{args.weights} knows the classes {', '.join(options['classes'])}; {args.data} has others")
+    scores = evaluate_segmentation(model.to(device), dataset, device)
+    print(f"{args.weights}: {len(dataset)} images, mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} %, "
+          f"{scores['cross_entropy']:.3f} nats per pixel" + (f", release's 7-class mIoU {scores['release_miou']:.2f} %"
+                                                             if "release_miou" in scores else ""))
+    for name, value in scores["iou"].items():
+        print(f"  {name:16} {value:6.2f}")
+    if args.output:
+        os.makedirs(args.output, exist_ok=True)
+        save_json(os.path.join(args.output, "segmentation.json"), scores)
+    return 0
+
+
+@torch.inference_mode()
+def predict_command(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    model, options = networks.load_model(args.weights)
+    model.to(device)
+    paths = []
+    for path in args.images:
+        if os.path.isdir(path):
+            found = [os.path.join(path, n) for n in sorted(os.listdir(path), key=datasets.natural_key)
+                     if n.lower().endswith(datasets.IMAGE_EXTENSIONS)]
+            if not found:
+                raise InputError(f"{path}: no images there")
+            paths += found
+        else:
+            paths.append(path)
+    if options["task"] == "flow":
+        raise InputError(f"{args.weights}: a flow network needs two frames; its pictures are in the run's samples/")
+    os.makedirs(args.output, exist_ok=True)
+    written = set()
+    for path in tqdm(paths, desc="predict", disable=None):
+        image = datasets.read_image(path)
+        small = resize(image, [options["height"], options["width"]], antialias=True)[None].to(device).float() / 255
+        out = F.interpolate(model(small)[0], image.shape[1:], mode="bilinear", align_corners=False)
+        name = os.path.splitext(os.path.basename(path))[0]
+        if name in written:  # the same file name in two folders
+            name = f"{os.path.basename(os.path.dirname(path))}_{name}"
+        written.add(name)
+        target = os.path.join(args.output, name)
+        if options["task"] == "segmentation":
+            label = out[0].argmax(0)
+            picture = 0.5 * image.to(device) / 255 + 0.5 * colour_labels(label[None], options["colours"])[0]
+            array = label.byte().cpu().numpy()
+        elif options["task"] == "depth":
+            depth = losses.disparity_to_depth(out.sigmoid(), options["min_depth"], options["max_depth"])
+            picture, array = colour_depth(depth)[0], depth[0, 0].cpu().numpy()
+        else:
+            picture, array = out[0].sigmoid(), None
+        to_picture(picture).save(f"{target}_{options['task']}.png")
+        if array is not None:
+            np.save(f"{target}_{options['task']}.npy", array)
+    print(f"{len(paths)} images -> {args.output}")
+    return 0
+
+
+def tables_command(args: argparse.Namespace) -> int:
+    """Mean and deviation over seeds of every fine-tuning in --log_dir, as a Markdown table."""
+    if not os.path.isdir(args.log_dir):
+        raise InputError(f"--log_dir {args.log_dir}: no such folder")
+    groups = {}
+    for name in sorted(os.listdir(args.log_dir)):
+        result, arguments = (os.path.join(args.log_dir, name, f) for f in ("result.json", "args.json"))
+        if not (os.path.isfile(result) and os.path.isfile(arguments)):
+            continue
+        with open(result) as file, open(arguments) as other:
+            result, options = json.load(file), json.load(other)["options"]
+        if "miou" in result:
+            key = (options["data"], options["encoder"], options["train_size"], "frozen" if options["freeze_encoder"] else "all",
+                   result["pretraining"] + (" (encoder)" if result["pretraining"].startswith(("Depth", "Reconstruction"))
+                                            and options["init_parts"] == "encoder" else ""))
+            groups.setdefault(key, []).append(result)
+    if not groups:
+        raise InputError(f"{args.log_dir}: no finished fine-tuning there yet")
+    order = ["None", "ImageNet", "Flow", "Reconstruction", "Depth"]
+    rank = lambda key: (key[:4], next((i for i, p in enumerate(order) if key[4].startswith(p)), len(order)), key[4])  # noqa: E731
+    print("| data | encoder | images | fine-tuned | pre-training | runs | mIoU % | P.Acc % | nats / pixel |\n|---|---|---|---|---|---|---|---|---|")
+    for key in sorted(groups, key=rank):
+        runs = groups[key]
+        data, encoder, size, tuned, pretraining = key
+        cells = []
+        for metric, digits in (("miou", 2), ("pixel_accuracy", 2), ("cross_entropy", 3)):
+            values = np.array([r[metric] for r in runs])
+            cells.append(f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""))
+        print(f"| {data} | {encoder} | {size or 'all'} | {tuned} | {pretraining} | {len(runs)} | " + " | ".join(cells) + " |")
+    return 0
+
+
+def scale_option(text: str) -> float | str:
+    return text if text == "median" else float(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    depth = commands.add_parser("depth", help="the Eigen protocol's seven metrics against LiDAR")
+    which = depth.add_mutually_exclusive_group(required=True)
+    which.add_argument("--weights", help="run folder, model.pt or Monodepth2 folder")
+    which.add_argument("--baseline", action="store_true", help="evaluate the best constant picture: per-pixel median of --train_frames' LiDAR")
+    depth.add_argument("--data", default="kitti")
+    depth.add_argument("--data_path")
+    depth.add_argument("--drives", nargs="+", metavar="NAME")
+    depth.add_argument("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B", help="instead of the Eigen test split")
+    depth.add_argument("--train_frames", type=datasets.parse_range, default=(None, None), metavar="A:B", help="of --baseline")
+    depth.add_argument("--scale", type=scale_option, help="median, or the factor to metres (default: median for monocular training, "
+                       "1 for our metric networks, 5.4 for Monodepth2's stereo weights)")
+    depth.add_argument("--ground_truth", choices=("auto", "velodyne_x", "z"), default="auto",
+                       help="velodyne_x: forward distance of the raw points, the published protocol; z: camera depth. "
+                            "auto: velodyne_x where every frame has raw points")
+    depth.add_argument("--min_eval", type=float, default=1e-3, help="metres")
+    depth.add_argument("--max_eval", type=float, default=80.0, help="cap in metres")
+    depth.add_argument("--no_crop", action="store_true", help="every measured pixel instead of the Garg crop")
+    depth.add_argument("--output", help="folder for depth.csv (per image) and depth.json")
+    depth.set_defaults(run=depth_command)
+
+    seg = commands.add_parser("seg", help="mIoU, pixel accuracy, cross-entropy over a whole data set")
+    seg.add_argument("--weights", required=True, help="run folder or model.pt of a segmenter")
+    seg.add_argument("--data", help="default: what it was trained on")
+    seg.add_argument("--data_path")
+    seg.add_argument("--output", help="folder for segmentation.json")
+    seg.set_defaults(run=seg_command)
+
+    predict = commands.add_parser("predict", help="pictures and .npy for images or folders of any size")
+    predict.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    predict.add_argument("--weights", required=True)
+    predict.add_argument("--output", default="predictions")
+    predict.set_defaults(run=predict_command)
+
+    for command in (depth, seg, predict):
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    tables = commands.add_parser("tables", help="a table of all finished fine-tunings, mean and deviation over seeds")
+    tables.add_argument("--log_dir", default="runs")
+    tables.set_defaults(run=tables_command)
+
+    args = parser.parse_args()
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,262 @@
+"""Losses as pure functions: view synthesis, photometric error, smoothness, supervised depth, flow, reconstruction.
+
+Conventions: images (B, 3, H, W) in [0, 1]; depth (B, 1, H, W) is camera z; disparity is the network's sigmoid in (0, 1);
+K (B, 3, 3) in pixels with the first pixel's centre at (0, 0); T (B, 4, 4) maps target-camera points to source-camera points.
+Every `grid_sample` uses align_corners=True, which is what pixel centres on integers mean.
+"""
+
+import torch
+import torch.nn.functional as F
+
+SSIM_WEIGHT = 0.85  # photometric error = 0.85 SSIM + 0.15 L1
+C1, C2 = 0.01 ** 2, 0.03 ** 2
+
+
+# ---------------------------------------------------------------------------------------------- geometry
+
+def disparity_to_depth(disparity: torch.Tensor, min_depth: float, max_depth: float) -> torch.Tensor:
+    """1 / depth runs linearly from 1 / max_depth at disparity 0 to 1 / min_depth at disparity 1."""
+    return 1 / (1 / max_depth + (1 / min_depth - 1 / max_depth) * disparity)
+
+
+def pose_to_matrix(axisangle: torch.Tensor, translation: torch.Tensor, invert: bool = False) -> torch.Tensor:
+    """Axis-angle (B, 3) in radians and translation (B, 3) -> (B, 4, 4): x -> R x + t, or its inverse."""
+    angle = axisangle.norm(dim=1, keepdim=True)
+    x, y, z = (axisangle / (angle + 1e-7)).unbind(1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], 1).view(-1, 3, 3)
+    axis = torch.stack([x, y, z], 1)
+    sin, cos = angle.sin()[..., None], angle.cos()[..., None]
+    eye = torch.eye(3, dtype=axisangle.dtype, device=axisangle.device)
+    # Rodrigues with the outer product spelled out, so that a vanishing axis gives cos * I
+    rotation = cos * eye + sin * cross + (1 - cos) * axis[:, :, None] * axis[:, None, :]
+    translation = translation[..., None]
+    if invert:
+        rotation = rotation.transpose(1, 2)
+        translation = -rotation @ translation
+    bottom = eye.new_tensor([0, 0, 0, 1]).expand(len(axisangle), 1, 4)
+    return torch.cat([torch.cat([rotation, translation], 2), bottom], 1)
+
+
+def project(depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each target pixel lands in the source view.
+
+    Returns pixel coordinates (B, H, W, 2), x then y, and the points' depth z in the source camera (B, 1, H, W).
+    """
+    B, _, H, W = depth.shape
+    y, x = torch.meshgrid(torch.arange(H, dtype=depth.dtype, device=depth.device),
+                          torch.arange(W, dtype=depth.dtype, device=depth.device), indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)]).view(1, 3, -1)
+    # K (R d K^-1 p + t) = d (K R K^-1) p + K t: one matrix product a view instead of three
+    rays = K @ T[:, :3, :3] @ torch.linalg.inv(K) @ pixels  # (B, 3, H * W)
+    points = depth.view(B, 1, -1) * rays + K @ T[:, :3, 3:]
+    z = points[:, 2:]
+    return (points[:, :2] / (z + 1e-7)).view(B, 2, H, W).permute(0, 2, 3, 1), z.view(B, 1, H, W)
+
+
+def sample(image: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bilinear samples of `image` at `pixels` (B, H, W, 2); outside, the border's colour.
+
+    Returns samples (B, C, H, W) and where the position was inside the image (B, 1, H, W) bool.
+    """
+    limit = pixels.new_tensor([image.shape[3] - 1, image.shape[2] - 1])
+    grid = pixels * (2 / limit) - 1
+    inside = (grid.abs() <= 1).all(3)[:, None]  # NaN compares false
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True), inside
+
+
+def synthesize(source: torch.Tensor, depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """View synthesis: the target view painted with the source's colours, (B, 3, H, W).
+
+    Also returns where that colour means something (B, 1, H, W) bool: in front of the source camera and inside its image.
+    """
+    pixels, z = project(depth, K, T)
+    warped, inside = sample(source, pixels)
+    return warped, inside & (z > 0)
+
+
+# ---------------------------------------------------------------------------------------------- photometric error
+
+def box3(x: torch.Tensor) -> torch.Tensor:
+    """Sum over 3x3 windows of an already padded map; shifted sums are several times faster than avg_pool2d on a CPU."""
+    x = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    return x[..., :-2] + x[..., 1:-1] + x[..., 2:]
+
+
+def local_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Padded map, 3x3 mean and 3x3 variance: of a target they are needed once, however many views are compared with it."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    mean = box3(padded) / 9
+    return padded, mean, box3(padded * padded) / 9 - mean * mean
+
+
+def ssim_error(prediction: torch.Tensor, target_statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """clamp((1 - SSIM) / 2, 0, 1) per pixel and channel, (B, C, H, W)."""
+    target, mean_y, var_y = target_statistics
+    padded, mean_x, var_x = local_statistics(prediction)
+    mean_xy = mean_x * mean_y
+    covariance = box3(padded * target) / 9 - mean_xy
+    numerator = (2 * mean_xy + C1) * (2 * covariance + C2)
+    denominator = (mean_x * mean_x + mean_y * mean_y + C1) * (var_x + var_y + C2)
+    return ((1 - numerator / denominator) / 2).clamp(0, 1)
+
+
+def photometric_error(prediction: torch.Tensor, target: torch.Tensor, target_statistics: tuple | None = None,
+                      ssim: bool = True) -> torch.Tensor:
+    """0.85 SSIM + 0.15 L1, averaged over channels: (B, 1, H, W). `target_statistics`: `local_statistics(target)`."""
+    l1 = (prediction - target).abs().mean(1, keepdim=True)
+    if not ssim:
+        return l1
+    structure = ssim_error(prediction, target_statistics or local_statistics(target)).mean(1, keepdim=True)
+    return SSIM_WEIGHT * structure + (1 - SSIM_WEIGHT) * l1
+
+
+def smoothness(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Edge-aware first-order smoothness: gradients of `values` (B, C, H, W), damped where the image has edges."""
+    dx = (values[..., :-1] - values[..., 1:]).abs() * (-(image[..., :-1] - image[..., 1:]).abs().mean(1, keepdim=True)).exp()
+    dy = ((values[:, :, :-1] - values[:, :, 1:]).abs()
+          * (-(image[:, :, :-1] - image[:, :, 1:]).abs().mean(1, keepdim=True)).exp())
+    return dx.mean() + dy.mean()
+
+
+def disparity_smoothness(disparity: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Smoothness of disparity divided by its mean, so that shrinking the depth does not lower it."""
+    return smoothness(disparity / (disparity.mean((2, 3), keepdim=True) + 1e-7), image)
+
+
+def image_pyramid(image: torch.Tensor, levels: int = 4) -> list[torch.Tensor]:
+    """The image and its halvings by area: what the coarser scales' smoothness looks at."""
+    return [image] + [F.avg_pool2d(image, 2 ** level) for level in range(1, levels)]
+
+
+# ---------------------------------------------------------------------------------------------- self-supervised depth
+
+def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sources: list[torch.Tensor],
+               K: torch.Tensor, poses: list[torch.Tensor], *, min_depth: float = 0.1, max_depth: float = 100.0,
+               smoothness_weight: float = 1e-3, automask: bool = True, minimum: bool = True, ssim: bool = True,
+               mask_outside: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Photometric depth loss of Monodepth2: first term of Eq. (1), at four scales and full resolution.
+
+    disparities: sigmoid outputs, finest first; pyramid: the target image at those scales (`image_pyramid`);
+    sources and poses: one image (B, 3, H, W) and one T (B, 4, 4) a source view.
+    minimum: the best source counts at each pixel, else their mean. automask: pixels that an unmoved source explains at
+    least as well as the warped one do not train (they still count in the reported value, as in Monodepth2).
+    mask_outside: views that see a pixel behind them or outside their image do not compete; False compares with the
+    border's colour, as Monodepth2 does.
+    Returns (terms, views): scalars "loss", "photometric", "smoothness", "masked" (share of pixels that do not train);
+    finest-scale maps "depth", "warped" (B, sources, 3, H, W) and "mask" (B, 1, H, W) bool, True where it trains.
+    """
+    target = pyramid[0]
+    statistics = local_statistics(target)
+    reduce = (lambda errors: torch.cat(errors, 1).amin(1, keepdim=True)) if minimum else \
+             (lambda errors: torch.cat(errors, 1).mean(1, keepdim=True))
+    if automask:  # the same at every scale: computed once, without gradients
+        with torch.no_grad():
+            identity = reduce([photometric_error(source, target, statistics, ssim) for source in sources])
+
+    photometric, smooth, views = [], [], {}
+    for scale, disparity in enumerate(disparities):
+        full = disparity if scale == 0 else F.interpolate(disparity, target.shape[2:], mode="bilinear", align_corners=False)
+        depth = disparity_to_depth(full, min_depth, max_depth)
+        warped, valid = zip(*[synthesize(source, depth, K, T) for source, T in zip(sources, poses)])
+        errors = [photometric_error(view, target, statistics, ssim) for view in warped]
+        if mask_outside:
+            seen = torch.cat(valid, 1)  # (B, sources, H, W)
+            stacked = torch.cat(errors, 1)
+            if minimum:
+                error = stacked.masked_fill(~seen, float("inf")).amin(1, keepdim=True)
+            else:
+                error = (stacked * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
+            trains = seen.any(1, keepdim=True)
+        else:
+            error = reduce(errors)
+            trains = torch.ones_like(error, dtype=torch.bool)
+        if automask:
+            trains = trains & (error < identity)
+            error = torch.where(trains, error, identity)
+        else:
+            error = torch.where(trains, error, torch.zeros_like(error))
+        photometric.append(error.mean())
+        smooth.append(disparity_smoothness(disparity, pyramid[scale]) / 2 ** scale)
+        if scale == 0:
+            masked = 1 - trains.float().mean()
+            views = {"depth": depth.detach(), "warped": torch.stack(warped, 1).detach(), "mask": trains}
+
+    terms = {"photometric": torch.stack(photometric).mean(), "smoothness": torch.stack(smooth).mean()}
+    terms["loss"] = terms["photometric"] + smoothness_weight * terms["smoothness"]
+    terms["masked"] = masked
+    return terms, views
+
+
+# ---------------------------------------------------------------------------------------------- supervised depth
+
+def supervised_depth_loss(depth: torch.Tensor, measured: torch.Tensor) -> torch.Tensor:
+    """Second term of Eq. (1): L1 in metres over measured pixels only (measured > 0); 0 when nothing was measured."""
+    valid = measured > 0
+    return ((depth - measured).abs() * valid).sum() / valid.sum().clamp(min=1)
+
+
+def scale_shift_invariant_loss(prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """For relative depth: mean |s * prediction + t - target| with the least-squares s, t of each image.
+
+    prediction, target: (B, 1, H, W), in the same space (disparity, say); valid: bool, same shape. The error is divided
+    by the target's mean absolute deviation, so that images of different depth ranges weigh the same.
+    """
+    weight = valid.flatten(1).float()
+    count = weight.sum(1, keepdim=True).clamp(min=1)
+    p, q = prediction.flatten(1), target.flatten(1)
+    p_mean, q_mean = (p * weight).sum(1, keepdim=True) / count, (q * weight).sum(1, keepdim=True) / count
+    p_centred, q_centred = (p - p_mean) * weight, (q - q_mean) * weight
+    scale = (p_centred * q_centred).sum(1, keepdim=True) / (p_centred ** 2).sum(1, keepdim=True).clamp(min=1e-9)
+    spread = (q_centred.abs().sum(1, keepdim=True) / count).clamp(min=1e-9)
+    error = (scale * p_centred - q_centred).abs().sum(1, keepdim=True) / count / spread
+    has_pixels = (weight.sum(1, keepdim=True) > 0).float()
+    return (error * has_pixels).sum() / has_pixels.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------- the two baselines
+
+def flow_loss(flows: list[torch.Tensor], pyramid: list[torch.Tensor], source: torch.Tensor, smoothness_weight: float = 0.1,
+              mask_outside: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Optical flow baseline (Section 4.1): photometric error of the source warped by the flow, and edge-aware smoothness.
+
+    flows: (B, 2, H / 2^s, W / 2^s) in pixels of their own scale, from target to source; scale weights 1 / 2^s.
+    Returns terms "loss", "photometric", "smoothness", "outside" and the finest scale's "flow" and "warped".
+    """
+    target = pyramid[0]
+    H, W = target.shape[2:]
+    statistics = local_statistics(target)
+    y, x = torch.meshgrid(torch.arange(H, device=target.device), torch.arange(W, device=target.device), indexing="ij")
+    pixels = torch.stack([x, y], -1).to(target.dtype)
+    photometric, smooth, weights, views = [], [], [], {}
+    for scale, flow in enumerate(flows):
+        full = flow if scale == 0 else 2 ** scale * F.interpolate(flow, (H, W), mode="bilinear", align_corners=False)
+        warped, inside = sample(source, pixels + full.permute(0, 2, 3, 1))
+        error = photometric_error(warped, target, statistics)
+        photometric.append((error * inside).sum() / inside.sum().clamp(min=1) if mask_outside else error.mean())
+        size = flow.new_tensor([flow.shape[3], flow.shape[2]]).view(1, 2, 1, 1)
+        smooth.append(smoothness(flow / size, pyramid[scale]))  # as a share of the image, whatever the resolution
+        weights.append(1 / 2 ** scale)
+        if scale == 0:
+            views = {"flow": flow.detach(), "warped": warped.detach()}
+            outside = 1 - inside.float().mean()
+    weights = target.new_tensor(weights) / sum(weights)
+    terms = {"photometric": (torch.stack(photometric) * weights).sum(), "smoothness": (torch.stack(smooth) * weights).sum()}
+    terms["loss"] = terms["photometric"] + smoothness_weight * terms["smoothness"]
+    terms["outside"] = outside
+    return terms, views
+
+
+def reconstruction_loss(reconstructions: list[torch.Tensor], pyramid: list[torch.Tensor], removed: torch.Tensor) -> torch.Tensor:
+    """Masked-reconstruction baseline (Table 4): L1 over removed pixels, scale weights 1 / 2^s.
+
+    reconstructions: (B, 3, H / 2^s, W / 2^s) in (0, 1); removed: (B, 1, H, W) bool.
+    """
+    losses, weights = [], []
+    for scale, prediction in enumerate(reconstructions):
+        mask = F.adaptive_max_pool2d(removed.float(), prediction.shape[2:])  # a coarse pixel counts if any part of it was removed
+        error = (prediction - pyramid[scale]).abs().mean(1, keepdim=True)
+        losses.append((error * mask).sum() / mask.sum().clamp(min=1))
+        weights.append(1 / 2 ** scale)
+    weights = removed.new_tensor(weights, dtype=torch.float32)
+    return (torch.stack(losses) * weights).sum() / weights.sum()

@@ -1,0 +1,308 @@
+"""Networks: ResNet encoder, U-Net decoder with exchangeable heads, pose network, siamese flow network, and weights from elsewhere.
+
+Parameter names follow Monodepth2's published checkpoints, so that its folders load as they are:
+`encoder.pth` -> `model.encoder`, `depth.pth` -> `model.decoder`, `pose_encoder.pth` / `pose.pth` -> `PoseNet.encoder` / `.decoder`.
+
+    model = networks.build("unet", "resnet18", channels=19)       # a segmenter: logits at the finest scale
+    print(networks.load_weights(model, "runs/depth/model.pt"))    # encoder 120/120, decoder 20/22: head replaced
+"""
+
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+from utils import InputError
+
+RESNETS = {"resnet18": (64, 64, 128, 256, 512), "resnet50": (64, 256, 512, 1024, 2048)}  # channels of the five features
+DECODER_CHANNELS = (16, 32, 64, 128, 256)  # of the decoder's five levels, finest first
+FLOW_RANGE = 0.4  # flow = 0.4 * (sigmoid - 0.5) of the image size: at most a fifth of it in each direction
+
+
+class ResnetEncoder(nn.Module):
+    """torchvision's ResNet cut into five feature maps.
+
+    images: (B, 3 * stacked, H, W) in [0, 1], H and W multiples of 32. Normalised here and nowhere else.
+    Returns five tensors at strides 2, 4, 8, 16, 32.
+    """
+
+    def __init__(self, name: str = "resnet18", stacked: int = 1):
+        super().__init__()
+        self.name, self.channels = name, RESNETS[name]
+        self.encoder = getattr(torchvision.models, name)(weights=None)
+        del self.encoder.fc
+        if stacked > 1:
+            self.encoder.conv1 = nn.Conv2d(3 * stacked, 64, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        net = self.encoder
+        x = (images - 0.45) / 0.225  # Monodepth2's constants, close to ImageNet's mean and deviation
+        features = [net.relu(net.bn1(net.conv1(x)))]
+        features.append(net.layer1(net.maxpool(features[-1])))
+        for layer in (net.layer2, net.layer3, net.layer4):
+            features.append(layer(features[-1]))
+        return features
+
+
+class Conv3x3(nn.Module):
+    """3x3 convolution with reflection padding."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+class ConvBlock(nn.Module):
+    """Conv3x3 and ELU."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = Conv3x3(in_channels, out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.elu(self.conv(x), inplace=True)
+
+
+class DepthDecoder(nn.Module):
+    """U-Net decoder of Monodepth2 with a head of any channel count at each of `scales`.
+
+    features: the encoder's five maps. Returns the heads' raw outputs, finest first: (B, channels, H / 2^s, W / 2^s).
+    Module order, and with it the parameter names: upconv 4.0, 4.1, 3.0, ... 0.1, then one head a scale.
+    """
+
+    def __init__(self, encoder_channels: tuple[int, ...], channels: int = 1, scales: tuple[int, ...] = (0, 1, 2, 3)):
+        super().__init__()
+        self.scales = tuple(scales)
+        blocks = []
+        for level in range(4, -1, -1):
+            below = encoder_channels[4] if level == 4 else DECODER_CHANNELS[level + 1]
+            skip = encoder_channels[level - 1] if level > 0 else 0
+            blocks += [ConvBlock(below, DECODER_CHANNELS[level]), ConvBlock(DECODER_CHANNELS[level] + skip, DECODER_CHANNELS[level])]
+        heads = [Conv3x3(DECODER_CHANNELS[scale], channels) for scale in self.scales]
+        self.decoder = nn.ModuleList(blocks + heads)
+
+    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        outputs = {}
+        x = features[-1]
+        for level in range(4, -1, -1):
+            before, after = self.decoder[2 * (4 - level)], self.decoder[2 * (4 - level) + 1]
+            x = F.interpolate(before(x), scale_factor=2, mode="nearest")
+            x = after(torch.cat([x, features[level - 1]], 1) if level > 0 else x)
+            if level in self.scales:
+                outputs[level] = self.decoder[10 + self.scales.index(level)](x)
+        return [outputs[scale] for scale in self.scales]
+
+
+class UNet(nn.Module):
+    """Encoder and decoder; the raw outputs are disparity (before the sigmoid), colours or class scores, as trained.
+
+    images: (B, 3, H, W) in [0, 1]. Returns a list, finest scale first: (B, channels, H / 2^s, W / 2^s).
+    """
+
+    def __init__(self, encoder: str = "resnet18", channels: int = 1, scales: tuple[int, ...] = (0, 1, 2, 3)):
+        super().__init__()
+        self.encoder = ResnetEncoder(encoder)
+        self.decoder = DepthDecoder(self.encoder.channels, channels, scales)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self.decoder(self.encoder(images))
+
+
+class FlowNet(nn.Module):
+    """Siamese flow network (Section 4.1, "Comparison with optical flow"): one encoder applied to both frames.
+
+    first, second: (B, 3, H, W). Returns flow from first to second in pixels of each scale, finest first:
+    (B, 2, H / 2^s, W / 2^s), x then y.
+    """
+
+    def __init__(self, encoder: str = "resnet18", scales: tuple[int, ...] = (0, 1, 2, 3)):
+        super().__init__()
+        self.encoder = ResnetEncoder(encoder)
+        self.decoder = DepthDecoder(tuple(2 * c for c in self.encoder.channels), 2, scales)
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+        features = self.encoder(torch.cat([first, second]))  # one batch, so that both share batch-norm statistics too
+        outputs = self.decoder([torch.cat(f.chunk(2), 1) for f in features])
+        return [FLOW_RANGE * (out.sigmoid() - 0.5) * out.new_tensor([out.shape[3], out.shape[2]]).view(1, 2, 1, 1)
+                for out in outputs]
+
+
+class PoseDecoder(nn.Module):
+    """features: the last map of a pose encoder (B, C, h, w). Returns axis-angle and translation, each (B, predictions, 3)."""
+
+    def __init__(self, in_channels: int, predictions: int = 2):
+        super().__init__()
+        self.net = nn.ModuleList([nn.Conv2d(in_channels, 256, 1), nn.Conv2d(256, 256, 3, padding=1),
+                                  nn.Conv2d(256, 256, 3, padding=1), nn.Conv2d(256, 6 * predictions, 1)])
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = features
+        for conv in self.net[:3]:
+            x = F.relu(conv(x))
+        pose = 0.01 * self.net[3](x).mean((2, 3)).view(len(x), -1, 6)  # starts near the identity
+        return pose[..., :3], pose[..., 3:]
+
+
+class PoseNet(nn.Module):
+    """Relative pose of two frames in temporal order: (B, 3, H, W) twice -> axis-angle (B, 3), translation (B, 3)."""
+
+    def __init__(self, encoder: str = "resnet18"):
+        super().__init__()
+        self.encoder = ResnetEncoder(encoder, stacked=2)
+        self.decoder = PoseDecoder(self.encoder.channels[-1])
+
+    def forward(self, earlier: torch.Tensor, later: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        axisangle, translation = self.decoder(self.encoder(torch.cat([earlier, later], 1))[-1])
+        return axisangle[:, 0], translation[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------- building by name
+
+def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,)) -> nn.Module:
+    """A network by name. arch: "unet" or "flow"; encoder: "resnet18" or "resnet50"; channels of the head(s)."""
+    if encoder not in RESNETS:
+        raise InputError(f"unknown encoder '{encoder}': choose from {', '.join(RESNETS)}")
+    if arch == "unet":
+        return UNet(encoder, channels, scales)
+    if arch == "flow":
+        return FlowNet(encoder, scales)
+    raise InputError(f"unknown architecture '{arch}': choose from unet, flow")
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- weights from elsewhere
+
+def read_file(path: str) -> dict:
+    """One checkpoint file as a dict of tensors and builtins; anything that needs code to be read is refused."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path}") from None
+    except Exception as error:  # unpickling errors, truncated zip files, text files: all mean the same to a user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint of tensors: {reason[:160]}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
+def read_checkpoint(path: str) -> tuple[str, dict, dict]:
+    """Recognise a checkpoint by its content.
+
+    path: our `model.pt` (or the run folder that holds it), a Monodepth2 folder, or a torchvision ResNet state dict.
+    Returns (format, parts, options): parts maps "encoder", "decoder", "pose_encoder", "pose" to state dicts.
+    """
+    if os.path.isdir(path):
+        if os.path.isfile(os.path.join(path, "model.pt")):
+            return read_checkpoint(os.path.join(path, "model.pt"))
+        files = {"encoder": "encoder.pth", "decoder": "depth.pth", "pose_encoder": "pose_encoder.pth", "pose": "pose.pth"}
+        parts = {part: read_file(os.path.join(path, name)) for part, name in files.items()
+                 if os.path.isfile(os.path.join(path, name))}
+        if "encoder" not in parts:
+            raise InputError(f"{path} holds neither model.pt nor encoder.pth")
+        extra = {key: parts["encoder"].pop(key) for key in ("height", "width", "use_stereo") if key in parts["encoder"]}
+        first_block = parts["encoder"].get("encoder.layer1.0.conv1.weight", torch.empty(0, 0, 3, 3))
+        options = {"task": "depth", "arch": "unet", "encoder": "resnet50" if first_block.shape[-1] == 1 else "resnet18",
+                   "min_depth": 0.1, "max_depth": 100.0, **extra}
+        return "Monodepth2 folder", parts, options
+    content = read_file(path)
+    if "options" in content and "encoder" in content:
+        return "depth2seg", {k: v for k, v in content.items() if k != "options"}, content["options"]
+    if "conv1.weight" in content and "layer4.0.conv1.weight" in content:
+        return "torchvision ResNet", {"encoder": {f"encoder.{key}": value for key, value in content.items()}}, {}
+    raise InputError(f"{path} is no format known here; its first keys are {list(content)[:4]}")
+
+
+def imagenet_checkpoint(encoder: str) -> tuple[str, dict, dict]:
+    """ImageNet weights through torchvision; without network, says which file to put where."""
+    weights = torchvision.models.get_model_weights(encoder).IMAGENET1K_V1
+    try:
+        state = weights.get_state_dict(check_hash=True, progress=False)
+    except Exception as error:
+        target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+        raise InputError(f"ImageNet weights of {encoder} could not be downloaded ({type(error).__name__}): "
+                         f"put {os.path.basename(weights.url)} at {target}, or train with --init none") from None
+    return "torchvision ResNet (ImageNet)", {"encoder": {f"encoder.{k}": v for k, v in state.items()}}, {}
+
+
+def fit(module: nn.Module, state: dict, name: str, path: str) -> str:
+    """Load one part strictly; only heads of another shape may stay as they are. Returns e.g. "decoder 20/22: head replaced"."""
+    own = module.state_dict()
+    heads = {f"decoder.{i}." for i in range(10, 14)} if isinstance(module, DepthDecoder) else set()
+    is_head = lambda key: any(key.startswith(head) for head in heads)  # noqa: E731
+    state = {key: value for key, value in state.items() if not key.startswith("encoder.fc.")}
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    problems = [f"{k} is {tuple(own[k].shape)} here, {tuple(state[k].shape) if k in state else 'absent'} there"
+                for k in own if k not in fitting and not is_head(k)]
+    problems += [f"{k} is unknown here" for k in state if k not in own and not is_head(k)]
+    if problems:
+        raise InputError(f"{path} does not fit {name} ({len(fitting)}/{len(own)} tensors): " + "; ".join(problems[:3]))
+    bad = [k for k, v in fitting.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise InputError(f"{path} holds values that are not finite in {name}: {bad[0]}")
+    module.load_state_dict({**own, **fitting})
+    return f"{name} {len(fitting)}/{len(own)}" + (": head replaced" if len(fitting) < len(own) else "")
+
+
+def load_weights(model: nn.Module, path: str, parts: str = "all", pose: nn.Module | None = None) -> str:
+    """Load a checkpoint ("imagenet" or a path, see `read_checkpoint`) into a model and say what was taken.
+
+    parts: "encoder" leaves the decoder as it is; "all" demands both, unless the file's format has only an encoder.
+    pose: a PoseNet to load as well, where the checkpoint has one.
+    Raises InputError naming the first mismatches when a part does not fit.
+    """
+    source, state, _ = imagenet_checkpoint(model.encoder.name) if path == "imagenet" else read_checkpoint(path)
+    taken = [fit(model.encoder, state["encoder"], "encoder", path)]
+    if parts == "all" and "decoder" in state:
+        try:
+            taken.append(fit(model.decoder, state["decoder"], "decoder", path))
+        except InputError as error:
+            raise InputError(f"{error} (--init_parts encoder takes the encoder alone)") from None
+    elif parts == "all" and not source.startswith("torchvision"):
+        raise InputError(f"{path} has no decoder: pass --init_parts encoder")
+    else:
+        taken.append("decoder fresh")
+    if pose is not None and "pose" in state:
+        taken += [fit(pose.encoder, state["pose_encoder"], "pose_encoder", path), fit(pose.decoder, state["pose"], "pose", path)]
+    return f"{source}: " + ", ".join(taken)
+
+
+def state(model: nn.Module, pose: nn.Module | None = None) -> dict[str, dict]:
+    """State dicts by part, as checkpoints hold them: "encoder", "decoder", and of a PoseNet "pose_encoder", "pose"."""
+    parts = {"encoder": model.encoder.state_dict(), "decoder": model.decoder.state_dict()}
+    if pose is not None:
+        parts |= {"pose_encoder": pose.encoder.state_dict(), "pose": pose.decoder.state_dict()}
+    return parts
+
+
+def restore(model: nn.Module, parts: dict[str, dict], pose: nn.Module | None = None) -> None:
+    """The inverse of `state`, every tensor strictly."""
+    model.encoder.load_state_dict(parts["encoder"])
+    model.decoder.load_state_dict(parts["decoder"])
+    if pose is not None:
+        pose.encoder.load_state_dict(parts["pose_encoder"])
+        pose.decoder.load_state_dict(parts["pose"])
+
+
+def load_model(path: str) -> tuple[nn.Module, dict]:
+    """Rebuild a trained model from `model.pt` or a Monodepth2 folder: (model in eval mode, its options)."""
+    source, parts, options = read_checkpoint(path)
+    if "task" not in options:
+        raise InputError(f"{path} ({source}) holds only an encoder: nothing to evaluate")
+    heads = sorted(k for k in parts["decoder"] if k.endswith(".conv.weight") and k.count(".") == 3)
+    channels = parts["decoder"][heads[0]].shape[0]
+    arch = "flow" if options["task"] == "flow" else options["arch"]
+    model = build(arch, options["encoder"], channels, scales=tuple(range(len(heads))))
+    for part in ("encoder", "decoder"):
+        if ": " in fit(getattr(model, part), parts[part], part, path):
+            raise InputError(f"{path}: the {part}'s head does not fit its options")
+    return model.eval(), options

@@ -1,0 +1,231 @@
+"""Pre-train on geometry: depth from video, stereo or LiDAR (Eq. 1), and the paper's flow and reconstruction baselines.
+
+    python train_depth.py                                            # the synthetic street world, rendered when missing
+    python train_depth.py --data kitti --supervision mono+stereo     # the paper's KITTI pre-training, data in data/kitti
+    python train_depth.py --data frames --data_path my_video --fov 60
+    python train_depth.py --task flow --learning_rate 5e-5 --batch_size 8
+
+Weights, options, log and pictures go to runs/<name>/. The same command again continues where it stopped.
+"""
+
+import argparse
+import os
+import time
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import datasets
+import evaluate
+import losses
+import networks
+from utils import STOPPED, InputError, Meter, Run, add_common_options, pick_device, positive_size, run_main
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what to learn")
+    group.add_argument("--task", choices=("depth", "flow", "reconstruction"), default="depth")
+    group.add_argument("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
+                       help="of --task depth: neighbouring frames, the other camera, both, or measured depth (LiDAR, RGB-D)")
+    group.add_argument("--frame_ids", type=int, nargs="+", default=None,
+                       help="target, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
+    group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
+    group.add_argument("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
+                       help="of each drive or folder only frames A to B - 1")
+    group.add_argument("--fov", type=float, help="horizontal field of view in degrees, where the images come without intrinsics")
+    group.add_argument("--depth_scale", type=float, default=1000, help="of --data frames: depth PNG value of one metre")
+    group.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help='random crops (Table 5, "Depth-cropped": 256 256)')
+    group.add_argument("--min_depth", type=float, help="of the network's range (default: 0.1; stereo 0.54 metres, depth 1 metre)")
+    group.add_argument("--max_depth", type=float, help="of the network's range (default: 100; stereo 540 metres, depth 100 metres)")
+    group = parser.add_argument_group("network")
+    group.add_argument("--encoder", choices=tuple(networks.RESNETS), default="resnet18")
+    group.add_argument("--init", default="none", help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
+    group.add_argument("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads of a checkpoint")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--steps", type=int, default=66_350, help="paper: 66350, 20 epochs of Eigen-Zhou's 39810 samples at batch 12")
+    group.add_argument("--batch_size", type=int, default=12, help="paper: 12; flow and reconstruction 8")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="of Adam; paper: 1e-4, flow 5e-5")
+    group.add_argument("--learning_rate_drop", type=float, default=0.75, metavar="SHARE",
+                       help="divide the learning rate by 10 after this share of the steps (paper: 15 of 20 epochs)")
+    group.add_argument("--smoothness", type=float, default=None, help="weight of smoothness (paper: 1e-3; flow 0.1)")
+    group.add_argument("--no_automask", action="store_true", help="train on pixels that an unmoved source explains as well")
+    group.add_argument("--average_sources", action="store_true", help="mean error over sources instead of the minimum")
+    group.add_argument("--patches", choices=("patches", "rectangles"), default="rectangles",
+                       help="of --task reconstruction: what is removed; the paper's rectangles, or the release's 7x7 patches")
+    add_common_options(parser)
+    args = parser.parse_args()
+
+    stereo = "stereo" in args.supervision
+    if args.task == "depth":
+        args.frame_ids = args.frame_ids or ([0, -1, 1] if "mono" in args.supervision else [0])
+    else:
+        args.frame_ids = args.frame_ids or ([0, -1] if args.task == "flow" else [0])
+    if args.frame_ids[0] != 0:
+        raise InputError("--frame_ids starts with the target, 0")
+    if len(args.frame_ids) < (2 if args.task == "flow" or (args.task == "depth" and "mono" in args.supervision) else 1):
+        raise InputError("--frame_ids needs at least one source frame besides 0")
+    # the range of Monodepth2's network, 0.1 to 100; with a metric baseline its unit is 5.4 m
+    args.min_depth = args.min_depth or (0.54 if stereo else 1.0 if args.supervision == "depth" else 0.1)
+    args.max_depth = args.max_depth or (540.0 if stereo else 100.0)
+    if not 0 < args.min_depth < args.max_depth:
+        raise InputError(f"--min_depth {args.min_depth} and --max_depth {args.max_depth}: 0 < min < max is needed")
+    if args.smoothness is None:
+        args.smoothness = 0.1 if args.task == "flow" else 1e-3
+    kind = args.supervision if args.task == "depth" else args.task
+    args.name = args.name or f"{kind}_{args.data}_{args.encoder}_{args.init if args.init in ('none', 'imagenet') else 'init'}_seed{args.seed}"
+    positive_size(args)
+    return args
+
+
+def make_dataset(args: argparse.Namespace) -> datasets.Clips:
+    cls, root = datasets.find_data(args.data, args.data_path, datasets.CLIPS)
+    options = {"fov": args.fov, "depth_scale": args.depth_scale} if issubclass(cls, datasets.Frames) else {}
+    stereo = args.task == "depth" and "stereo" in args.supervision
+    return cls(root, [str(f) for f in args.frame_ids] + ["s"] * stereo, drives=args.drives, frames=tuple(args.frames),
+               with_depth=args.task == "depth" and args.supervision == "depth", height=args.height, width=args.width,
+               augment=True, crop=args.crop, cache=args.cache, **options)
+
+
+def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
+                 generator: torch.Generator) -> tuple[dict, dict]:
+    """Loss terms and maps to look at, of one batch. Networks see jittered frames, losses the real ones."""
+    frames = batch["frames"]  # (B, F, 3, H, W), target first
+    jittered = datasets.color_jitter(frames, generator)
+    target = frames[:, 0]
+
+    if args.task == "reconstruction":
+        removed = datasets.remove_patches(target, generator, args.patches)
+        pyramid = losses.image_pyramid(target)
+        images = [out.sigmoid() for out in model(target.masked_fill(removed, 0.45))]  # 0.45 is zero after normalisation
+        return {"loss": losses.reconstruction_loss(images, pyramid, removed)}, {"removed": removed, "reconstruction": images[0].detach()}
+
+    if args.task == "flow":
+        flows = model(jittered[:, 0], jittered[:, 1])
+        return losses.flow_loss(flows, losses.image_pyramid(target), frames[:, 1], args.smoothness)
+
+    disparities = [out.sigmoid() for out in model(jittered[:, 0])]
+    if args.supervision == "depth":
+        depth = losses.disparity_to_depth(disparities[0], args.min_depth, args.max_depth)
+        return {"loss": losses.supervised_depth_loss(depth, batch["depth"])}, {"depth": depth.detach()}
+
+    sources, poses = [], []
+    if "mono" in args.supervision:
+        for i, offset in enumerate(args.frame_ids[1:], start=1):
+            # the pose network always sees a pair in temporal order; a past source needs the inverse of what it says
+            pair = (jittered[:, i], jittered[:, 0]) if offset < 0 else (jittered[:, 0], jittered[:, i])
+            sources.append(frames[:, i])
+            poses.append(losses.pose_to_matrix(*pose(*pair), invert=offset < 0))
+    if "stereo" in args.supervision:
+        sources.append(frames[:, -1])
+        poses.append(batch["stereo_T"])
+    return losses.depth_loss(disparities, losses.image_pyramid(target), sources, batch["K"], poses, min_depth=args.min_depth,
+                             max_depth=args.max_depth, smoothness_weight=args.smoothness, automask=not args.no_automask,
+                             minimum=not args.average_sources)
+
+
+def save_pictures(path: str, frames: torch.Tensor, views: dict, count: int = 4) -> None:
+    """Rows of: target, and what the task makes of it (depth, warped source, mask; flow, warped; removed, reconstruction)."""
+    columns = [frames[:count, 0]]
+    if "depth" in views:
+        columns.append(evaluate.colour_depth(views["depth"][:count]))
+    if "flow" in views:
+        columns.append(evaluate.colour_flow(views["flow"][:count]))
+    if "warped" in views:
+        warped = views["warped"][:count]
+        columns.append(warped[:, 0] if warped.dim() == 5 else warped)
+    if "mask" in views:
+        columns.append(views["mask"][:count].float().expand(-1, 3, -1, -1))
+    if "removed" in views:
+        columns += [frames[:count, 0].masked_fill(views["removed"][:count], 0.45), views["reconstruction"][:count]]
+    grid = torch.cat([torch.cat(list(column), 1) for column in columns], 2)  # (3, count * H, columns * W)
+    Image.fromarray((grid.clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()).save(path)
+
+
+def main() -> int:
+    args = parse_options()
+    device = pick_device(args.device)
+
+    # data
+    dataset = make_dataset(args)
+    if len(dataset) < args.batch_size:
+        raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(dataset)} samples)")
+
+    # model
+    torch.manual_seed(args.seed)
+    channels = {"depth": 1, "flow": 2, "reconstruction": 3}[args.task]
+    model = networks.build("flow" if args.task == "flow" else "unet", args.encoder, channels, scales=(0, 1, 2, 3))
+    pose = networks.PoseNet("resnet18") if args.task == "depth" and "mono" in args.supervision else None
+    taken = networks.load_weights(model, args.init, args.init_parts, pose) if args.init != "none" else "random weights"
+    model.to(device).train()
+    parameters = list(model.parameters())
+    if pose is not None:
+        pose.to(device).train()
+        parameters += list(pose.parameters())
+
+    # optimiser
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
+
+    run = Run(args, "train_depth.py")
+    start = 0
+    if run.checkpoint is not None:
+        start = run.checkpoint["step"]
+        networks.restore(model, run.checkpoint["model"], pose)
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
+    if os.path.exists(run.path("result.json")):
+        print(f"{run.folder}: finished already")
+        return 0
+    what = f"depth ({args.supervision})" if args.task == "depth" else args.task
+    print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}" + (f" (left out: {dataset.dropped})" * bool(dataset.dropped)))
+    print(f"{args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {taken}; {args.width}x{args.height}, batch "
+          f"{args.batch_size}, {args.steps} steps = {args.steps * args.batch_size / len(dataset):.1f} epochs on {device}"
+          + (f"; continues at step {start}" if start else ""))
+    if args.task == "depth" and args.supervision == "mono":
+        print("monocular video fixes depth up to one unknown scale: it has no metres")
+
+    # loop
+    meter, done = Meter(), start
+    batches = iter(datasets.train_loader(dataset, args, start))
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, smoothing=0.05)
+    for step in progress:
+        waited = time.perf_counter()
+        batch = datasets.to_device(next(batches), device)
+        waited = time.perf_counter() - waited
+        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+        rate = args.learning_rate * (0.1 if step >= args.learning_rate_drop * args.steps else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        terms, views = compute_loss(args, model, pose, batch, generator)
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        meter.add(terms, waited)
+        done = step + 1
+        last = done == args.steps or run.stop
+        if device.type == "cpu" or last or done % min(args.log_every, args.save_every) == 0:  # on a GPU asking means waiting
+            meter.check(done, batch["index"])
+        optimizer.step()
+
+        if done % args.log_every == 0 or last:
+            record = meter.record(args.batch_size)
+            progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
+            run.log({"step": done, **record, "learning_rate": rate})
+        if step == 0 or done % args.save_every == 0 or last:
+            save_pictures(run.path(f"samples/{done:06d}.png"), batch["frames"], views)
+        if done % args.save_every == 0 or last:
+            run.save(done, model=networks.state(model, pose), optimizer=optimizer.state_dict())
+        if run.stop:
+            break
+
+    options = {key: getattr(args, key) for key in ("task", "supervision", "encoder", "height", "width", "min_depth", "max_depth", "data")}
+    run.save_model({"options": {**options, "arch": "unet", "steps": done}, **networks.state(model, pose)})
+    if done < args.steps:
+        print(f"stopped at step {done}, saved; the same command continues")
+        return STOPPED
+    run.finish({"step": done, "samples": len(dataset), **record})
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,163 @@
+"""Fine-tune for semantic segmentation from any initialisation (Eq. 2), few-shot by default.
+
+    python train_seg.py                                                       # synthetic street world, random weights
+    python train_seg.py --data kitti --init runs/stereo_kitti --train_size 16 # all of a depth network but its last layer
+    python train_seg.py --data camvid --init runs/stereo_kitti --init_parts encoder --freeze_encoder
+    python train_seg.py --data kitti --init imagenet
+
+Weights, options, log, pictures and scores go to runs/<name>/. The same command again continues where it stopped.
+"""
+
+import argparse
+import math
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import datasets
+import evaluate
+import networks
+from utils import STOPPED, InputError, Meter, Run, add_common_options, pick_device, positive_size, run_main
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what to learn")
+    group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.LABELLED)}")
+    group.add_argument("--train_size", type=int, help="labelled images to train on, drawn at random (paper: 16; default: all there are)")
+    group.add_argument("--split_seed", type=int, default=0, help="of that draw; the images for evaluation are always the same")
+    group = parser.add_argument_group("network")
+    group.add_argument("--arch", choices=("unet",), default="unet", help="the depth network with its last layer replaced")
+    group.add_argument("--encoder", choices=tuple(networks.RESNETS), default="resnet18")
+    group.add_argument("--init", default="none", help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
+    group.add_argument("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads of a checkpoint (Table 3: encoder)")
+    group.add_argument("--freeze_encoder", action="store_true",
+                       help="train the decoder alone: no gradient, no update, fixed batch-norm statistics in the encoder")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--steps", type=int, default=20_000, help="paper: 20000")
+    group.add_argument("--batch_size", type=int, default=16, help="paper: 16")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="of Adam, falls to 0 along a cosine")
+    group.add_argument("--eval_every", type=int, default=1000, help="steps between evaluations (paper: 1000)")
+    add_common_options(parser)
+    args = parser.parse_args()
+    init = args.init if args.init in ("none", "imagenet") else os.path.basename(os.path.normpath(args.init).removesuffix("/model.pt"))
+    args.name = args.name or "_".join(["seg", args.data, args.encoder, init, "frozen" if args.freeze_encoder else "all",
+                                       f"n{args.train_size or 'all'}", f"split{args.split_seed}", f"seed{args.seed}"])
+    positive_size(args)
+    return args
+
+
+def name_pretraining(init: str) -> str:
+    """How the result tables call an initialisation, e.g. "Depth (stereo)"."""
+    if init in ("none", "imagenet"):
+        return {"none": "None", "imagenet": "ImageNet"}[init]
+    source, _, options = networks.read_checkpoint(init)
+    if "task" not in options:
+        return source
+    return options["task"].capitalize() + (f" ({options['supervision']})" if "supervision" in options and options["task"] == "depth" else "")
+
+
+def save_pictures(path: str, batch: dict, logits: torch.Tensor, colours: tuple, count: int = 4) -> None:
+    """Rows of: image, label, prediction."""
+    columns = (batch["image"][:count], evaluate.colour_labels(batch["label"][:count], colours),
+               evaluate.colour_labels(logits[:count].argmax(1), colours))
+    evaluate.to_picture(torch.cat([torch.cat(list(column), 1) for column in columns], 2)).save(path)
+
+
+def main() -> int:
+    args = parse_options()
+    device = pick_device(args.device)
+
+    # data
+    cls, root = datasets.find_data(args.data, args.data_path, datasets.LABELLED)
+    size = {"height": args.height, "width": args.width}
+    train_set = cls(root, "train", train_size=args.train_size, split_seed=args.split_seed, augment=True, **size)
+    val_set = cls(root, "val", **size)
+    if len(train_set) < args.batch_size:
+        raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(train_set)} images)")
+
+    # model
+    torch.manual_seed(args.seed)
+    model = networks.build(args.arch, args.encoder, channels=len(train_set.classes))
+    taken = networks.load_weights(model, args.init, args.init_parts) if args.init != "none" else "random weights"
+    pretraining = name_pretraining(args.init)
+    model.to(device).train()
+    if args.freeze_encoder:
+        model.encoder.requires_grad_(False).eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    # optimiser
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
+
+    run = Run(args, "train_seg.py")
+    start = 0
+    if run.checkpoint is not None:
+        start = run.checkpoint["step"]
+        networks.restore(model, run.checkpoint["model"])
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
+    if os.path.exists(run.path("result.json")):
+        print(f"{run.folder}: finished already")
+        return 0
+    absent = set(range(len(train_set.classes))) - {c for i in range(len(train_set)) for c in train_set.load(i)[1].unique().tolist()}
+    print(f"{run.folder}: segmentation of {len(train_set.classes)} classes, {len(train_set)} training and {len(val_set)} test images of {args.data}")
+    print(f"{args.arch} {args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters"
+          f"{' (encoder frozen)' * args.freeze_encoder}, {taken}; {args.width}x{args.height}, batch {args.batch_size}, "
+          f"{args.steps} steps on {device}" + (f"; continues at step {start}" if start else ""))
+    if absent:
+        print("no training image shows " + ", ".join(train_set.classes[c] for c in sorted(absent)))
+
+    # loop
+    meter, done, scores = Meter(), start, {}
+    batches = iter(datasets.train_loader(train_set, args, start))
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, smoothing=0.05)
+    for step in progress:
+        waited = time.perf_counter()
+        batch = datasets.to_device(next(batches), device)
+        waited = time.perf_counter() - waited
+        rate = args.learning_rate * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        logits = model(batch["image"])[0]  # (B, classes, H, W)
+        loss = F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        meter.add({"loss": loss}, waited)
+        done = step + 1
+        last = done == args.steps or run.stop
+        if device.type == "cpu" or last or done % min(args.log_every, args.save_every) == 0:  # on a GPU asking means waiting
+            meter.check(done, batch["index"])
+        optimizer.step()
+
+        if done % args.log_every == 0 or last:
+            record = meter.record(args.batch_size)
+            progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
+            run.log({"step": done, **record, "learning_rate": rate})
+        if done % args.eval_every == 0 or done == args.steps:
+            scores = evaluate.evaluate_segmentation(model, val_set, device)
+            run.log({"step": done, **{key: scores[key] for key in ("miou", "pixel_accuracy", "cross_entropy")}})
+            meter.reset()  # the time of the evaluation is not the steps'
+        if step == 0 or done % args.save_every == 0 or last:
+            save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
+        if done % args.save_every == 0 or last:
+            run.save(done, model=networks.state(model), optimizer=optimizer.state_dict())
+        if run.stop:
+            break
+
+    options = {"task": "segmentation", "arch": args.arch, "encoder": args.encoder, "height": args.height, "width": args.width,
+               "data": args.data, "classes": list(train_set.classes), "colours": [list(c) for c in train_set.colours], "steps": done}
+    run.save_model({"options": options, **networks.state(model)})
+    if done < args.steps:
+        print(f"stopped at step {done}, saved; the same command continues")
+        return STOPPED
+    run.finish({"step": done, "pretraining": pretraining, **scores})
+    print(f"{pretraining}: mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} %, {scores['cross_entropy']:.3f} nats per pixel "
+          f"on {scores['images']} images")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

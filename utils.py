@@ -1,0 +1,214 @@
+"""What both training scripts share: common options, the run folder, checkpoints, signals, exit codes."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL: run the command again)
+MAY_CHANGE = {"resume", "device", "num_workers", "log_dir", "log_every", "save_every", "cache"}  # when a run is continued
+
+
+class InputError(Exception):
+    """A bad option or input: one line for the user, exit code 2."""
+
+
+class NonFiniteError(Exception):
+    """A loss term that is NaN or infinite: one line, exit code 1, the last checkpoint untouched."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Call a script's main and turn its outcome into the exit codes of the README."""
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except NonFiniteError as error:
+        sys.exit(print(f"stopped: {error}", file=sys.stderr) or 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # e.g. `evaluate.py tables | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Options of both training scripts, grouped as --help shows them."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
+    group.add_argument("--height", type=int, default=192, help="pixels, a multiple of 32 (paper: 192)")
+    group.add_argument("--width", type=int, default=640, help="pixels, a multiple of 32 (paper: 640)")
+    group.add_argument("--drives", nargs="+", metavar="NAME", help="only these drives or folders, instead of the split's")
+    group.add_argument("--num_workers", type=int, default=2, help="loader processes; 0 loads in this one")
+    group.add_argument("--cache", action="store_true", help="keep decoded, resized images in memory (of each loader process)")
+    group = parser.add_argument_group("run")
+    group.add_argument("--name", help="folder below --log_dir (default: made of the options)")
+    group.add_argument("--log_dir", default="runs", help="where run folders go")
+    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    group.add_argument("--resume", action="store_true", help="demand a checkpoint to continue from; one that is there is used in any case")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    group.add_argument("--log_every", type=int, default=50, help="steps between log records")
+    group.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
+
+
+def positive_size(args: argparse.Namespace) -> None:
+    """Refuse sizes that the five halvings of the encoder do not divide."""
+    for name in ("height", "width"):
+        value = getattr(args, name)
+        if value <= 0 or value % 32:
+            raise InputError(f"--{name} {value} is not a positive multiple of 32: try {max(32, round(value / 32) * 32)}")
+    for name in ("steps", "batch_size", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
+
+
+def pick_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name} is no device: use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def write_atomically(path: str, write: Callable[[str], None]) -> None:
+    """`write(temporary)`, flushed to disk and renamed: readers see the old file or the new one, never a part."""
+    temporary = f"{path}.tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise InputError(f"could not write {path}: {str(error).splitlines()[0]} (what was there before is untouched)") from None
+
+
+def save_json(path: str, content: dict) -> None:
+    def write(temporary: str) -> None:
+        with open(temporary, "w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+    write_atomically(path, write)
+
+
+class Run:
+    """The run folder `<log_dir>/<name>`: args.json, log.jsonl, last.pt, model.pt, result.json, samples/.
+
+    Continues a run whose last.pt is there, after checking that its options are those of this command.
+    """
+
+    def __init__(self, args: argparse.Namespace, script: str):
+        if not re.fullmatch(r"[\w][\w.+=-]*", args.name):
+            raise InputError(f"--name {args.name!r}: letters, digits and . _ + = - only, it names a folder below --log_dir")
+        self.args = args
+        self.folder = os.path.join(args.log_dir, args.name)
+        self.stop = False
+        try:
+            os.makedirs(self.path("samples"), exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the run folder {self.folder}: {error.strerror}") from None
+        self.checkpoint = self._find_checkpoint()
+        if args.resume and self.checkpoint is None:
+            raise InputError(f"--resume: there is no {self.path('last.pt')}")
+        if self.checkpoint is None:
+            git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
+                                 capture_output=True, text=True) if shutil.which("git") else None
+            save_json(self.path("args.json"), {
+                "script": script, "command": " ".join([script, *sys.argv[1:]]), "options": vars(args),
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+                "git_commit": git.stdout.strip() if git and git.returncode == 0 else None})
+        # records after the checkpoint belong to steps that are run again
+        kept = []
+        if self.checkpoint is not None and os.path.exists(self.path("log.jsonl")):
+            with open(self.path("log.jsonl")) as file:
+                kept = [line for line in file if json.loads(line)["step"] <= self.checkpoint["step"]]
+        self.log_file = open(self.path("log.jsonl"), "w", buffering=1)
+        self.log_file.writelines(kept)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.stop:  # a second signal ends at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.stop = True
+
+    def _find_checkpoint(self) -> dict | None:
+        if not os.path.exists(self.path("last.pt")):
+            return None
+        try:
+            checkpoint = torch.load(self.path("last.pt"), map_location="cpu", weights_only=True)
+        except Exception:
+            raise InputError(f"{self.path('last.pt')} is damaged: delete it to start again") from None
+        now, then = vars(self.args), checkpoint["args"]
+        differing = [f"--{k} {then.get(k)} there, {now.get(k)} now" for k in sorted(now.keys() | then.keys())
+                     if now.get(k) != then.get(k) and k not in MAY_CHANGE]
+        if differing:
+            raise InputError(f"{self.folder} holds a run with other options ({'; '.join(differing)}): "
+                             "give another --name, or delete the folder")
+        return checkpoint
+
+    def log(self, record: dict) -> None:
+        """One record, the same for people and as a line of JSON."""
+        self.log_file.write(json.dumps(record) + "\n")
+        tqdm.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                             for key, value in record.items()))
+
+    def save(self, step: int, **state: object) -> None:
+        """Everything that continuing needs; every random draw is a function of (seed, step), so no generator states."""
+        content = {"step": step, "args": vars(self.args), **state}
+        write_atomically(self.path("last.pt"), lambda temporary: torch.save(content, temporary))
+
+    def finish(self, result: dict) -> None:
+        """result.json marks the run as complete."""
+        save_json(self.path("result.json"), result)
+
+    def save_model(self, content: dict) -> None:
+        write_atomically(self.path("model.pt"), lambda temporary: torch.save(content, temporary))
+
+
+class Meter:
+    """Means of loss terms and times between two log records, kept on the device so that no step waits for a number."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums, self.steps, self.data_seconds, self.start = {}, 0, 0.0, time.perf_counter()
+
+    def add(self, terms: dict[str, torch.Tensor], data_seconds: float) -> None:
+        for key, value in terms.items():
+            self.sums[key] = self.sums.get(key, 0) + value.detach()
+        self.steps += 1
+        self.data_seconds += data_seconds
+
+    def check(self, step: int, indices: torch.Tensor) -> None:
+        """Refuse to go on with a loss that is not finite; last.pt stays as it was."""
+        for key, value in self.sums.items():
+            if not torch.isfinite(value):
+                raise NonFiniteError(f"{key} is {float(value)} at step {step} (samples {indices.tolist()})")
+
+    def record(self, batch_size: int) -> dict:
+        """Means since the last record; starts anew."""
+        means = {key: float(value) / self.steps for key, value in self.sums.items()}
+        seconds = time.perf_counter() - self.start
+        out = {**means, "ms_per_step": 1000 * seconds / self.steps, "ms_data": 1000 * self.data_seconds / self.steps,
+               "samples_per_s": batch_size * self.steps / seconds}
+        self.reset()
+        return out
