@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import re
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,14 +28,19 @@ IGNORE = 255
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 SPLITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "splits")
 
-CITYSCAPES_CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+CITYSCAPES_CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
+                      "vegetation", "terrain",
                       "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # raw id of each train id
-CITYSCAPES_COLOURS = ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
-                      (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
+CITYSCAPES_COLOURS = ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
+                      (250, 170, 30),
+                      (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0,
+                                                                                                                   142), (0, 0, 70),
                       (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32))
-CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
-CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
+CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
+                  "bicyclist")
+CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+                  (192, 128, 128),
                   (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192))
 
 
@@ -182,7 +188,8 @@ def shift_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     value = images.amax(-3)
     chroma = value - images.amin(-3)
     safe = chroma.clamp(min=1e-8)
-    hue = torch.where(value == red, (green - blue) / safe, torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
+    hue = torch.where(value == red, (green - blue) / safe, torch.where(value == green, 2 + (blue - red) / safe,
+                                                                       4 + (red - green) / safe))
     hue = hue + 6 * shift  # in sixths of a turn
     channels = [(n + hue) % 6 for n in (5, 3, 1)]
     return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in channels], -3)
@@ -221,7 +228,10 @@ def remove_patches(images: torch.Tensor, generator: torch.Generator, kind: str =
     "rectangles": one to four rectangles of 10 to 50 % of each side (the paper's "random rectangular regions").
     """
     B, _, H, W = images.shape
-    uniform = lambda *size: torch.rand(*size, generator=generator, device=images.device)  # noqa: E731
+
+    def uniform(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator, device=images.device)
+
     rows = torch.arange(H, device=images.device).view(1, 1, H)
     columns = torch.arange(W, device=images.device).view(1, 1, W)
     if kind == "patches":
@@ -268,7 +278,8 @@ class StepBatches(Sampler):
 def train_loader(dataset: Dataset, args: argparse.Namespace, start: int) -> DataLoader:
     """Batches for steps `start` to args.steps."""
     batches = StepBatches(len(dataset), args.batch_size, args.seed, start, args.steps)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=args.device.startswith("cuda"))
+    return DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers,
+                      pin_memory=args.device.startswith("cuda"))
 
 
 # ---------------------------------------------------------------------------------------------- clips for pre-training
@@ -281,17 +292,22 @@ class Clips(Dataset):
     """
 
     name = "clips"
+    dropped = ""  # what was left out at the start and why, for the log
 
-    def __init__(self, samples: list[dict], height: int, width: int, augment: bool = False, crop: tuple[int, int] | None = None,
-                 with_depth: bool = False, cache: bool = False):
+    def __init__(self, samples: list[dict], height: int, width: int, augment: bool = False, crop: tuple[int,
+                                                                                                        int] | None = None,
+                 with_depth: bool = False, cache: bool = False, min_motion: float = 0):
+        moving = [s for s in samples if motion(s["images"]) >= min_motion] if min_motion > 0 else samples
+        if len(moving) < len(samples):
+            self.dropped += ", " * bool(self.dropped) + f"{len(samples) - len(moving)} near-static"
+        samples = moving
         if not samples:
             raise InputError(f"no usable sample in {self.name}: {self.dropped or 'no frames found'}")
         if crop and (crop[0] > height or crop[1] > width):
             raise InputError(f"--crop {crop[0]} {crop[1]} is larger than the image ({height} x {width})")
-        self.samples, self.size, self.augment, self.crop, self.with_depth = samples, (height, width), augment, crop, with_depth
+        self.samples, self.size, self.augment, self.crop, self.with_depth = samples, (height,
+                                                                                      width), augment, crop, with_depth
         self.cached = {} if cache else None
-
-    dropped = ""  # what was left out at the start and why, for the log
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -336,6 +352,12 @@ class Clips(Dataset):
         return crop_and_flip(sample, self.crop, np.random.default_rng(draw)) if self.augment else sample
 
 
+def motion(paths: list[str]) -> float:
+    """Least mean absolute difference (0 to 255) between the first image and the others, on 64x48 thumbnails."""
+    target, *sources = (resize(read_image(path), [48, 64], antialias=True).float() for path in paths)
+    return min((float((source - target).abs().mean()) for source in sources), default=math.inf)
+
+
 def neighbours(index: int, frames: list[int], frame_ids: list[int]) -> list[int] | None:
     """Positions of the frames `frame_ids` away from position `index`, or None where one is missing."""
     known = {number: position for position, number in enumerate(frames)}
@@ -369,7 +391,9 @@ class KittiRaw(Clips):
     name = "kitti"
 
     def __init__(self, root: str, frame_ids: list[str], split: str | None = "train", drives: list[str] | None = None,
-                 frames: tuple[int | None, int | None] = (None, None), cameras: str = "lr", with_depth: bool = False, **options):
+                 frames: tuple[int | None, int | None] = (None,
+                                                          None), cameras: str = "lr", with_depth: bool = False,
+                                                          **options):
         self.root, self.name, self.calibrations, self.listings = root, f"kitti at {root}", {}, {}
         offsets = [int(f) for f in frame_ids if f != "s"]
         samples, lonely, blind = [], 0, 0
@@ -385,7 +409,8 @@ class KittiRaw(Clips):
                 blind += 1
             else:
                 K, baseline = self._camera(folder, side)
-                samples.append({"images": paths, "K": K, "K_from": os.path.join(root, folder[:10], "calib_cam_to_cam.txt"),
+                samples.append({"images": paths, "K": K, "K_from": os.path.join(root, folder[:10],
+                                                                                "calib_cam_to_cam.txt"),
                                 "baseline": baseline if "s" in frame_ids else None, "depth": depth})
         self.dropped = ", ".join(f"{count} without {what}" for count, what in
                                  ((lonely, "all their source frames"), (blind, "LiDAR")) if count)
@@ -412,7 +437,8 @@ class KittiRaw(Clips):
         targets = []
         for folder in present:
             start, stop, _ = slice(*frames).indices(max(self._listing(folder, "l"), default=-1) + 1)
-            targets += [(folder, n, side) for side in cameras for n in sorted(self._listing(folder, side)) if start <= n < stop]
+            targets += [(folder, n, side) for side in cameras for n in sorted(self._listing(folder, side))
+                        if start <= n < stop]
         return targets
 
     def _listing(self, folder: str, side: str) -> dict[int, str]:
@@ -477,7 +503,8 @@ class KittiRaw(Clips):
         if content.size % 16:
             raise InputError(f"{path}: {content.size} bytes are no list of x, y, z, reflectance in float32")
         points = content.view(np.float32).reshape(-1, 4)
-        return velodyne_depth(points, calibration["velodyne"], calibration["P"][side], calibration["shape"], forward_distance)
+        return velodyne_depth(points, calibration["velodyne"], calibration["P"][side], calibration["shape"],
+                              forward_distance)
 
 
 def natural_key(name: str) -> list:
@@ -524,14 +551,16 @@ class Frames(Clips):
     def _sequences(self, root: str, drives: list[str] | None) -> list[tuple[str, list[str]]]:
         """(folder, image paths in numeric order) of every sequence below root."""
         sequences = []
-        for folder in [root] + [os.path.join(root, name) for name in list_folder(root) if os.path.isdir(os.path.join(root, name))]:
+        for folder in [root] + [os.path.join(root, name) for name in list_folder(root)
+                                if os.path.isdir(os.path.join(root, name))]:
             if os.path.basename(folder) == "depth" or (drives and os.path.basename(folder) not in drives):
                 continue
             names = sorted([n for n in list_folder(folder) if n.lower().endswith(IMAGE_EXTENSIONS)], key=natural_key)
             if names:
                 sequences.append((folder, [os.path.join(folder, n) for n in names]))
         if not sequences:
-            raise InputError(f"{root}: no {', '.join(IMAGE_EXTENSIONS)} images there or in its folders" + (f" {drives}" if drives else ""))
+            raise InputError(f"{root}: no {', '.join(IMAGE_EXTENSIONS)} images there or in its folders" + (f" {drives}"
+                                                                                                           if drives else ""))
         return sequences
 
     @staticmethod
@@ -539,7 +568,7 @@ class Frames(Clips):
         """The usual step between frame numbers, and the numbers: the last digits of the names, or positions if a name has none."""
         found = [re.findall(r"\d+", os.path.splitext(os.path.basename(p))[0]) for p in paths]
         numbers = [int(f[-1]) for f in found] if all(found) else list(range(len(paths)))
-        steps = [b - a for a, b in zip(numbers, numbers[1:]) if b > a]
+        steps = [b - a for a, b in pairwise(numbers) if b > a]
         return (max(set(steps), key=steps.count) if steps else 1), numbers
 
     @staticmethod
@@ -574,7 +603,8 @@ def lookup_table(ids: dict[int, int]) -> np.ndarray:
     return table
 
 
-CITYSCAPES_TABLE = lookup_table({**{raw: IGNORE for raw in (*range(34), 255)}, **{raw: i for i, raw in enumerate(CITYSCAPES_IDS)}})
+CITYSCAPES_TABLE = lookup_table({**{raw: IGNORE for raw in (*range(34), 255)}, **{raw: i for i,
+                                                                                  raw in enumerate(CITYSCAPES_IDS)}})
 CAMVID_TABLE = lookup_table({**{i: i for i in range(11)}, 11: IGNORE})
 
 
@@ -646,7 +676,8 @@ class KittiSemantics(Labelled):
             raise InputError(f"{images}: at least 2 labelled images are needed, {len(pairs)} found")
         shuffled = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
         pool = max(1, int(0.64 * len(pairs)))
-        super().__init__(draw_training_set(shuffled[:pool], train_size, split_seed) if split == "train" else shuffled[pool:], **options)
+        super().__init__(draw_training_set(shuffled[:pool], train_size, split_seed) if split == "train"
+                         else shuffled[pool:], **options)
 
 
 class CamVid(Labelled):

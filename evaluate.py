@@ -40,7 +40,8 @@ def depth_errors(measured: np.ndarray, predicted: np.ndarray) -> dict[str, float
     ratio = np.maximum(measured / predicted, predicted / measured)
     difference = measured - predicted
     log_difference = np.log(measured) - np.log(predicted)
-    return {"abs_rel": float(np.mean(np.abs(difference) / measured)), "sq_rel": float(np.mean(difference ** 2 / measured)),
+    return {"abs_rel": float(np.mean(np.abs(difference) / measured)),
+            "sq_rel": float(np.mean(difference ** 2 / measured)),
             "rmse": float(np.sqrt(np.mean(difference ** 2))), "rmse_log": float(np.sqrt(np.mean(log_difference ** 2))),
             **{f"a{k}": float(np.mean(ratio < 1.25 ** k)) for k in (1, 2, 3)}}
 
@@ -51,7 +52,8 @@ def garg_crop(height: int, width: int) -> tuple[int, int, int, int]:
                  ((0.40810811, height), (0.99189189, height), (0.03594771, width), (0.96405229, width)))
 
 
-def evaluate_depth_image(inverse_depth: np.ndarray, measured: np.ndarray, scale: float | str = "median", min_depth: float = 1e-3,
+def evaluate_depth_image(inverse_depth: np.ndarray, measured: np.ndarray, scale: float | str = "median",
+                         min_depth: float = 1e-3,
                          max_depth: float = 80.0, crop: bool = True) -> dict[str, float]:
     """Eigen protocol for one image.
 
@@ -60,7 +62,8 @@ def evaluate_depth_image(inverse_depth: np.ndarray, measured: np.ndarray, scale:
     Returns the seven metrics, "ratio" (of medians), "scale" (used) and "pixels"; empty when nothing was measured.
     """
     H, W = measured.shape
-    resized = F.interpolate(torch.from_numpy(inverse_depth)[None, None], (H, W), mode="bilinear", align_corners=False)[0, 0].numpy()
+    resized = F.interpolate(torch.from_numpy(inverse_depth)[None, None], (H, W), mode="bilinear",
+                            align_corners=False)[0, 0].numpy()
     if crop:
         top, bottom, left, right = garg_crop(H, W)
         valid = np.zeros((H, W), bool)
@@ -126,7 +129,8 @@ def segmentation_scores(confusion: torch.Tensor) -> dict:
     correct = counts.diag()
     union = counts.sum(0) + counts.sum(1) - correct
     iou = torch.where(union > 0, 100 * correct / union.clamp(min=1), torch.nan)
-    return {"miou": float(iou.nanmean()), "pixel_accuracy": float(100 * correct.sum() / counts.sum().clamp(min=1)), "iou": iou.tolist()}
+    return {"miou": float(iou.nanmean()), "pixel_accuracy": float(100 * correct.sum() / counts.sum().clamp(min=1)),
+            "iou": iou.tolist()}
 
 
 def release_score(label: torch.Tensor, prediction: torch.Tensor) -> float:
@@ -143,7 +147,8 @@ def release_score(label: torch.Tensor, prediction: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def evaluate_segmentation(model: torch.nn.Module, dataset: datasets.Labelled, device: torch.device, batch_size: int = 8) -> dict:
+def evaluate_segmentation(model: torch.nn.Module, dataset: datasets.Labelled, device: torch.device,
+                          batch_size: int = 8) -> dict:
     """Scores of a segmenter on every image, at the labels' native size.
 
     Returns "miou" and "pixel_accuracy" in percent, "iou" by class name, "cross_entropy" in nats per pixel (the paper's proxy of
@@ -176,7 +181,8 @@ def evaluate_segmentation(model: torch.nn.Module, dataset: datasets.Labelled, de
 
 # ---------------------------------------------------------------------------------------------- colours
 
-DEPTH_COLOURS = torch.tensor([(13, 8, 35), (59, 15, 112), (114, 31, 129), (168, 46, 126), (222, 73, 104), (248, 118, 92),
+DEPTH_COLOURS = torch.tensor([(13, 8, 35), (59, 15, 112), (114, 31, 129), (168, 46, 126), (222, 73, 104),
+                              (248, 118, 92),
                               (254, 167, 111), (254, 211, 149), (252, 248, 196)]) / 255  # dark = far, bright = near
 
 
@@ -260,19 +266,22 @@ def depth_command(args: argparse.Namespace) -> int:
 
         def predict(sample: dict) -> np.ndarray:
             disparity = model(sample["frames"][None, 0].to(device).float() / 255)[0].sigmoid()
-            return (1 / losses.disparity_to_depth(disparity, options["min_depth"], options["max_depth"]))[0, 0].cpu().numpy()
+            return (1 / losses.disparity_to_depth(disparity, options["min_depth"], options["max_depth"]))[0,
+                                                                                                          0].cpu().numpy()
         what = args.weights
 
     kind, entries = ground_truth(dataset, args.ground_truth)
     dataset.with_depth = False
     rows = []
     for index, entry in enumerate(tqdm(entries, desc="depth", disable=None)):
-        row = evaluate_depth_image(predict(dataset[index]), dataset.depth_map(entry), scale, args.min_eval, args.max_eval, not args.no_crop)
+        row = evaluate_depth_image(predict(dataset[index]), dataset.depth_map(entry), scale, args.min_eval,
+                                   args.max_eval, not args.no_crop)
         if row:
             rows.append({"image": dataset.samples[index]["images"][0], **row})
     if not rows:
         raise InputError(f"{dataset.name}: no measured pixel in any frame")
-    result = {**summarise_depth(rows), "ground_truth": kind, "scale": scale, "crop": "none" if args.no_crop else "garg", "cap": args.max_eval}
+    result = {**summarise_depth(rows), "ground_truth": kind, "scale": scale, "crop": "none" if args.no_crop else "garg",
+              "cap": args.max_eval}
     scaling = "median scaling" if scale == "median" else f"factor {scale:g}, no median scaling"
     print(f"{what}: {len(rows)} images of {dataset.name}; ground truth {kind}, {scaling}, cap {args.max_eval:g} m, crop {result['crop']}")
     print("  ".join(f"{key:>8}" for key in DEPTH_METRICS))
@@ -365,14 +374,19 @@ def tables_command(args: argparse.Namespace) -> int:
         with open(result) as file, open(arguments) as other:
             result, options = json.load(file), json.load(other)["options"]
         if "miou" in result:
-            key = (options["data"], options["encoder"], options["train_size"], "frozen" if options["freeze_encoder"] else "all",
-                   result["pretraining"] + (" (encoder)" if result["pretraining"].startswith(("Depth", "Reconstruction"))
+            key = (options["data"], options["encoder"], options["train_size"], "frozen" if options["freeze_encoder"]
+                   else "all",
+                   result["pretraining"] + (" (encoder)" if result["pretraining"].startswith(("Depth",
+                                                                                              "Reconstruction"))
                                             and options["init_parts"] == "encoder" else ""))
             groups.setdefault(key, []).append(result)
     if not groups:
         raise InputError(f"{args.log_dir}: no finished fine-tuning there yet")
     order = ["None", "ImageNet", "Flow", "Reconstruction", "Depth"]
-    rank = lambda key: (key[:4], next((i for i, p in enumerate(order) if key[4].startswith(p)), len(order)), key[4])  # noqa: E731
+
+    def rank(key: tuple) -> tuple:
+        return key[:4], next((i for i, p in enumerate(order) if key[4].startswith(p)), len(order)), key[4]
+
     print("| data | encoder | images | fine-tuned | pre-training | runs | mIoU % | P.Acc % | nats / pixel |\n|---|---|---|---|---|---|---|---|---|")
     for key in sorted(groups, key=rank):
         runs = groups[key]
@@ -380,8 +394,10 @@ def tables_command(args: argparse.Namespace) -> int:
         cells = []
         for metric, digits in (("miou", 2), ("pixel_accuracy", 2), ("cross_entropy", 3)):
             values = np.array([r[metric] for r in runs])
-            cells.append(f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""))
-        print(f"| {data} | {encoder} | {size or 'all'} | {tuned} | {pretraining} | {len(runs)} | " + " | ".join(cells) + " |")
+            cells.append(f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1
+                                                          else ""))
+        print(f"| {data} | {encoder} | {size or 'all'} | {tuned} | {pretraining} | {len(runs)} | " + " | ".join(cells)
+              + " |")
     return 0
 
 
@@ -396,13 +412,17 @@ def main() -> int:
     depth = commands.add_parser("depth", help="the Eigen protocol's seven metrics against LiDAR")
     which = depth.add_mutually_exclusive_group(required=True)
     which.add_argument("--weights", help="run folder, model.pt or Monodepth2 folder")
-    which.add_argument("--baseline", action="store_true", help="evaluate the best constant picture: per-pixel median of --train_frames' LiDAR")
+    which.add_argument("--baseline",
+                       action="store_true", help="evaluate the best constant picture: per-pixel median of --train_frames' LiDAR")
     depth.add_argument("--data", default="kitti")
     depth.add_argument("--data_path")
     depth.add_argument("--drives", nargs="+", metavar="NAME")
-    depth.add_argument("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B", help="instead of the Eigen test split")
-    depth.add_argument("--train_frames", type=datasets.parse_range, default=(None, None), metavar="A:B", help="of --baseline")
-    depth.add_argument("--scale", type=scale_option, help="median, or the factor to metres (default: median for monocular training, "
+    depth.add_argument("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
+                       help="instead of the Eigen test split")
+    depth.add_argument("--train_frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
+                       help="of --baseline")
+    depth.add_argument("--scale", type=scale_option,
+                       help="median, or the factor to metres (default: median for monocular training, "
                        "1 for our metric networks, 5.4 for Monodepth2's stereo weights)")
     depth.add_argument("--ground_truth", choices=("auto", "velodyne_x", "z"), default="auto",
                        help="velodyne_x: forward distance of the raw points, the published protocol; z: camera depth. "

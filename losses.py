@@ -65,7 +65,8 @@ def sample(image: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, tor
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True), inside
 
 
-def synthesize(source: torch.Tensor, depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def synthesize(source: torch.Tensor, depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor,
+                                                                                                     torch.Tensor]:
     """View synthesis: the target view painted with the source's colours, (B, 3, H, W).
 
     Also returns where that colour means something (B, 1, H, W) bool: in front of the source camera and inside its image.
@@ -113,7 +114,8 @@ def photometric_error(prediction: torch.Tensor, target: torch.Tensor, target_sta
 
 def smoothness(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """Edge-aware first-order smoothness: gradients of `values` (B, C, H, W), damped where the image has edges."""
-    dx = (values[..., :-1] - values[..., 1:]).abs() * (-(image[..., :-1] - image[..., 1:]).abs().mean(1, keepdim=True)).exp()
+    dx = (values[..., :-1] - values[..., 1:]).abs() * (-(image[..., :-1] - image[..., 1:]).abs().mean(1,
+                                                                                                      keepdim=True)).exp()
     dy = ((values[:, :, :-1] - values[:, :, 1:]).abs()
           * (-(image[:, :, :-1] - image[:, :, 1:]).abs().mean(1, keepdim=True)).exp())
     return dx.mean() + dy.mean()
@@ -156,7 +158,8 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
 
     photometric, smooth, views = [], [], {}
     for scale, disparity in enumerate(disparities):
-        full = disparity if scale == 0 else F.interpolate(disparity, target.shape[2:], mode="bilinear", align_corners=False)
+        full = disparity if scale == 0 else F.interpolate(disparity, target.shape[2:], mode="bilinear",
+                                                          align_corners=False)
         depth = disparity_to_depth(full, min_depth, max_depth)
         warped, valid = zip(*[synthesize(source, depth, K, T) for source, T in zip(sources, poses)])
         errors = [photometric_error(view, target, statistics, ssim) for view in warped]
@@ -216,7 +219,8 @@ def scale_shift_invariant_loss(prediction: torch.Tensor, target: torch.Tensor, v
 
 # ---------------------------------------------------------------------------------------------- the two baselines
 
-def flow_loss(flows: list[torch.Tensor], pyramid: list[torch.Tensor], source: torch.Tensor, smoothness_weight: float = 0.1,
+def flow_loss(flows: list[torch.Tensor], pyramid: list[torch.Tensor], source: torch.Tensor,
+              smoothness_weight: float = 2.0,
               mask_outside: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Optical flow baseline (Section 4.1): photometric error of the source warped by the flow, and edge-aware smoothness.
 
@@ -241,20 +245,23 @@ def flow_loss(flows: list[torch.Tensor], pyramid: list[torch.Tensor], source: to
             views = {"flow": flow.detach(), "warped": warped.detach()}
             outside = 1 - inside.float().mean()
     weights = target.new_tensor(weights) / sum(weights)
-    terms = {"photometric": (torch.stack(photometric) * weights).sum(), "smoothness": (torch.stack(smooth) * weights).sum()}
+    terms = {"photometric": (torch.stack(photometric) * weights).sum(),
+             "smoothness": (torch.stack(smooth) * weights).sum()}
     terms["loss"] = terms["photometric"] + smoothness_weight * terms["smoothness"]
     terms["outside"] = outside
     return terms, views
 
 
-def reconstruction_loss(reconstructions: list[torch.Tensor], pyramid: list[torch.Tensor], removed: torch.Tensor) -> torch.Tensor:
+def reconstruction_loss(reconstructions: list[torch.Tensor], pyramid: list[torch.Tensor],
+                        removed: torch.Tensor) -> torch.Tensor:
     """Masked-reconstruction baseline (Table 4): L1 over removed pixels, scale weights 1 / 2^s.
 
     reconstructions: (B, 3, H / 2^s, W / 2^s) in (0, 1); removed: (B, 1, H, W) bool.
     """
     losses, weights = [], []
     for scale, prediction in enumerate(reconstructions):
-        mask = F.adaptive_max_pool2d(removed.float(), prediction.shape[2:])  # a coarse pixel counts if any part of it was removed
+        mask = F.adaptive_max_pool2d(removed.float(),
+                                     prediction.shape[2:])  # a coarse pixel counts if any part of it was removed
         error = (prediction - pyramid[scale]).abs().mean(1, keepdim=True)
         losses.append((error * mask).sum() / mask.sum().clamp(min=1))
         weights.append(1 / 2 ** scale)

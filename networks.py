@@ -10,9 +10,9 @@ Parameter names follow Monodepth2's published checkpoints, so that its folders l
 import os
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 from utils import InputError
 
@@ -83,7 +83,8 @@ class DepthDecoder(nn.Module):
         for level in range(4, -1, -1):
             below = encoder_channels[4] if level == 4 else DECODER_CHANNELS[level + 1]
             skip = encoder_channels[level - 1] if level > 0 else 0
-            blocks += [ConvBlock(below, DECODER_CHANNELS[level]), ConvBlock(DECODER_CHANNELS[level] + skip, DECODER_CHANNELS[level])]
+            blocks += [ConvBlock(below, DECODER_CHANNELS[level]), ConvBlock(DECODER_CHANNELS[level] + skip,
+                                                                            DECODER_CHANNELS[level])]
         heads = [Conv3x3(DECODER_CHANNELS[scale], channels) for scale in self.scales]
         self.decoder = nn.ModuleList(blocks + heads)
 
@@ -187,7 +188,7 @@ def read_file(path: str) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no checkpoint at {path}") from None
-    except Exception as error:  # unpickling errors, truncated zip files, text files: all mean the same to a user
+    except Exception as error:  # noqa: BLE001  (unpickling errors, truncated files, texts: all the same to a user)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} is not a readable checkpoint of tensors: {reason[:160]}") from None
     if not isinstance(content, dict):
@@ -204,7 +205,8 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
     if os.path.isdir(path):
         if os.path.isfile(os.path.join(path, "model.pt")):
             return read_checkpoint(os.path.join(path, "model.pt"))
-        files = {"encoder": "encoder.pth", "decoder": "depth.pth", "pose_encoder": "pose_encoder.pth", "pose": "pose.pth"}
+        files = {"encoder": "encoder.pth", "decoder": "depth.pth", "pose_encoder": "pose_encoder.pth",
+                 "pose": "pose.pth"}
         parts = {part: read_file(os.path.join(path, name)) for part, name in files.items()
                  if os.path.isfile(os.path.join(path, name))}
         if "encoder" not in parts:
@@ -212,7 +214,7 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
         extra = {key: parts["encoder"].pop(key) for key in ("height", "width", "use_stereo") if key in parts["encoder"]}
         first_block = parts["encoder"].get("encoder.layer1.0.conv1.weight", torch.empty(0, 0, 3, 3))
         options = {"task": "depth", "arch": "unet", "encoder": "resnet50" if first_block.shape[-1] == 1 else "resnet18",
-                   "min_depth": 0.1, "max_depth": 100.0, **extra}
+                   "min_depth": 0.1, "max_depth": 100.0, "height": 192, "width": 640, **extra}
         return "Monodepth2 folder", parts, options
     content = read_file(path)
     if "options" in content and "encoder" in content:
@@ -227,7 +229,7 @@ def imagenet_checkpoint(encoder: str) -> tuple[str, dict, dict]:
     weights = torchvision.models.get_model_weights(encoder).IMAGENET1K_V1
     try:
         state = weights.get_state_dict(check_hash=True, progress=False)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (every way a download can fail)
         target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
         raise InputError(f"ImageNet weights of {encoder} could not be downloaded ({type(error).__name__}): "
                          f"put {os.path.basename(weights.url)} at {target}, or train with --init none") from None
@@ -238,7 +240,10 @@ def fit(module: nn.Module, state: dict, name: str, path: str) -> str:
     """Load one part strictly; only heads of another shape may stay as they are. Returns e.g. "decoder 20/22: head replaced"."""
     own = module.state_dict()
     heads = {f"decoder.{i}." for i in range(10, 14)} if isinstance(module, DepthDecoder) else set()
-    is_head = lambda key: any(key.startswith(head) for head in heads)  # noqa: E731
+
+    def is_head(key: str) -> bool:
+        return any(key.startswith(head) for head in heads)
+
     state = {key: value for key, value in state.items() if not key.startswith("encoder.fc.")}
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     problems = [f"{k} is {tuple(own[k].shape)} here, {tuple(state[k].shape) if k in state else 'absent'} there"
@@ -261,6 +266,10 @@ def load_weights(model: nn.Module, path: str, parts: str = "all", pose: nn.Modul
     Raises InputError naming the first mismatches when a part does not fit.
     """
     source, state, _ = imagenet_checkpoint(model.encoder.name) if path == "imagenet" else read_checkpoint(path)
+    if path == "imagenet" and pose is not None:  # the pose network starts there too, its first layer shared by both frames
+        pose_state = imagenet_checkpoint(pose.encoder.name)[1]["encoder"]
+        pose_state["encoder.conv1.weight"] = torch.cat([pose_state["encoder.conv1.weight"]] * 2, 1) / 2
+        fit(pose.encoder, pose_state, "pose_encoder", path)
     taken = [fit(model.encoder, state["encoder"], "encoder", path)]
     if parts == "all" and "decoder" in state:
         try:
@@ -272,7 +281,8 @@ def load_weights(model: nn.Module, path: str, parts: str = "all", pose: nn.Modul
     else:
         taken.append("decoder fresh")
     if pose is not None and "pose" in state:
-        taken += [fit(pose.encoder, state["pose_encoder"], "pose_encoder", path), fit(pose.decoder, state["pose"], "pose", path)]
+        taken += [fit(pose.encoder, state["pose_encoder"], "pose_encoder", path), fit(pose.decoder, state["pose"],
+                                                                                      "pose", path)]
     return f"{source}: " + ", ".join(taken)
 
 

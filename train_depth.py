@@ -34,23 +34,33 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
     group.add_argument("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
                        help="of each drive or folder only frames A to B - 1")
-    group.add_argument("--fov", type=float, help="horizontal field of view in degrees, where the images come without intrinsics")
+    group.add_argument("--min_motion", type=float, default=0, metavar="X",
+                       help="leave out targets that differ from a source frame by less than X on average, of 255 (try 2: a camera that stands)")
+    group.add_argument("--fov", type=float,
+                       help="horizontal field of view in degrees, where the images come without intrinsics")
     group.add_argument("--depth_scale", type=float, default=1000, help="of --data frames: depth PNG value of one metre")
-    group.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help='random crops (Table 5, "Depth-cropped": 256 256)')
-    group.add_argument("--min_depth", type=float, help="of the network's range (default: 0.1; stereo 0.54 metres, depth 1 metre)")
-    group.add_argument("--max_depth", type=float, help="of the network's range (default: 100; stereo 540 metres, depth 100 metres)")
+    group.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"),
+                       help='random crops (Table 5, "Depth-cropped": 256 256)')
+    group.add_argument("--min_depth",
+                       type=float, help="of the network's range (default: 0.1; stereo 0.54 metres, depth 1 metre)")
+    group.add_argument("--max_depth",
+                       type=float, help="of the network's range (default: 100; stereo 540 metres, depth 100 metres)")
     group = parser.add_argument_group("network")
     group.add_argument("--encoder", choices=tuple(networks.RESNETS), default="resnet18")
-    group.add_argument("--init", default="none", help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
-    group.add_argument("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads of a checkpoint")
+    group.add_argument("--init", default="none",
+                       help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
+    group.add_argument("--init_parts", choices=("encoder", "all"), default="all",
+                       help="what --init loads of a checkpoint")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--steps", type=int, default=66_350, help="paper: 66350, 20 epochs of Eigen-Zhou's 39810 samples at batch 12")
+    group.add_argument("--steps", type=int,
+                       default=66_350, help="paper: 66350, 20 epochs of Eigen-Zhou's 39810 samples at batch 12")
     group.add_argument("--batch_size", type=int, default=12, help="paper: 12; flow and reconstruction 8")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="of Adam; paper: 1e-4, flow 5e-5")
     group.add_argument("--learning_rate_drop", type=float, default=0.75, metavar="SHARE",
                        help="divide the learning rate by 10 after this share of the steps (paper: 15 of 20 epochs)")
-    group.add_argument("--smoothness", type=float, default=None, help="weight of smoothness (paper: 1e-3; flow 0.1)")
-    group.add_argument("--no_automask", action="store_true", help="train on pixels that an unmoved source explains as well")
+    group.add_argument("--smoothness", type=float, default=None, help="weight of smoothness (paper: 1e-3; flow 2)")
+    group.add_argument("--no_automask",
+                       action="store_true", help="train on pixels that an unmoved source explains as well")
     group.add_argument("--average_sources", action="store_true", help="mean error over sources instead of the minimum")
     group.add_argument("--patches", choices=("patches", "rectangles"), default="rectangles",
                        help="of --task reconstruction: what is removed; the paper's rectangles, or the release's 7x7 patches")
@@ -72,7 +82,7 @@ def parse_options() -> argparse.Namespace:
     if not 0 < args.min_depth < args.max_depth:
         raise InputError(f"--min_depth {args.min_depth} and --max_depth {args.max_depth}: 0 < min < max is needed")
     if args.smoothness is None:
-        args.smoothness = 0.1 if args.task == "flow" else 1e-3
+        args.smoothness = 2.0 if args.task == "flow" else 1e-3
     kind = args.supervision if args.task == "depth" else args.task
     args.name = args.name or f"{kind}_{args.data}_{args.encoder}_{args.init if args.init in ('none', 'imagenet') else 'init'}_seed{args.seed}"
     positive_size(args)
@@ -85,7 +95,7 @@ def make_dataset(args: argparse.Namespace) -> datasets.Clips:
     stereo = args.task == "depth" and "stereo" in args.supervision
     return cls(root, [str(f) for f in args.frame_ids] + ["s"] * stereo, drives=args.drives, frames=tuple(args.frames),
                with_depth=args.task == "depth" and args.supervision == "depth", height=args.height, width=args.width,
-               augment=True, crop=args.crop, cache=args.cache, **options)
+               augment=True, crop=args.crop, cache=args.cache, min_motion=args.min_motion, **options)
 
 
 def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
@@ -99,7 +109,8 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
         removed = datasets.remove_patches(target, generator, args.patches)
         pyramid = losses.image_pyramid(target)
         images = [out.sigmoid() for out in model(target.masked_fill(removed, 0.45))]  # 0.45 is zero after normalisation
-        return {"loss": losses.reconstruction_loss(images, pyramid, removed)}, {"removed": removed, "reconstruction": images[0].detach()}
+        return {"loss": losses.reconstruction_loss(images, pyramid, removed)}, {"removed": removed,
+                                                                                "reconstruction": images[0].detach()}
 
     if args.task == "flow":
         flows = model(jittered[:, 0], jittered[:, 1])
@@ -120,7 +131,8 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
     if "stereo" in args.supervision:
         sources.append(frames[:, -1])
         poses.append(batch["stereo_T"])
-    return losses.depth_loss(disparities, losses.image_pyramid(target), sources, batch["K"], poses, min_depth=args.min_depth,
+    return losses.depth_loss(disparities, losses.image_pyramid(target), sources, batch["K"], poses,
+                             min_depth=args.min_depth,
                              max_depth=args.max_depth, smoothness_weight=args.smoothness, automask=not args.no_automask,
                              minimum=not args.average_sources)
 
@@ -177,7 +189,8 @@ def main() -> int:
         print(f"{run.folder}: finished already")
         return 0
     what = f"depth ({args.supervision})" if args.task == "depth" else args.task
-    print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}" + (f" (left out: {dataset.dropped})" * bool(dataset.dropped)))
+    print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}"
+          + (f" (left out: {dataset.dropped})" * bool(dataset.dropped)))
     print(f"{args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {taken}; {args.width}x{args.height}, batch "
           f"{args.batch_size}, {args.steps} steps = {args.steps * args.batch_size / len(dataset):.1f} epochs on {device}"
           + (f"; continues at step {start}" if start else ""))
@@ -203,7 +216,8 @@ def main() -> int:
         meter.add(terms, waited)
         done = step + 1
         last = done == args.steps or run.stop
-        if device.type == "cpu" or last or done % min(args.log_every, args.save_every) == 0:  # on a GPU asking means waiting
+        if device.type == "cpu" or last or done % min(args.log_every,
+                                                      args.save_every) == 0:  # on a GPU asking means waiting
             meter.check(done, batch["index"])
         optimizer.step()
 
@@ -218,7 +232,8 @@ def main() -> int:
         if run.stop:
             break
 
-    options = {key: getattr(args, key) for key in ("task", "supervision", "encoder", "height", "width", "min_depth", "max_depth", "data")}
+    options = {key: getattr(args, key) for key in ("task", "supervision", "encoder", "height", "width", "min_depth",
+                                                   "max_depth", "data")}
     run.save_model({"options": {**options, "arch": "unet", "steps": done}, **networks.state(model, pose)})
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")

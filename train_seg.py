@@ -27,13 +27,18 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to learn")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.LABELLED)}")
-    group.add_argument("--train_size", type=int, help="labelled images to train on, drawn at random (paper: 16; default: all there are)")
-    group.add_argument("--split_seed", type=int, default=0, help="of that draw; the images for evaluation are always the same")
+    group.add_argument("--train_size",
+                       type=int, help="labelled images to train on, drawn at random (paper: 16; default: all there are)")
+    group.add_argument("--split_seed",
+                       type=int, default=0, help="of that draw; the images for evaluation are always the same")
     group = parser.add_argument_group("network")
-    group.add_argument("--arch", choices=("unet",), default="unet", help="the depth network with its last layer replaced")
+    group.add_argument("--arch", choices=("unet",), default="unet",
+                       help="the depth network with its last layer replaced")
     group.add_argument("--encoder", choices=tuple(networks.RESNETS), default="resnet18")
-    group.add_argument("--init", default="none", help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
-    group.add_argument("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads of a checkpoint (Table 3: encoder)")
+    group.add_argument("--init", default="none",
+                       help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
+    group.add_argument("--init_parts", choices=("encoder", "all"), default="all",
+                       help="what --init loads of a checkpoint (Table 3: encoder)")
     group.add_argument("--freeze_encoder", action="store_true",
                        help="train the decoder alone: no gradient, no update, fixed batch-norm statistics in the encoder")
     group = parser.add_argument_group("optimisation")
@@ -43,7 +48,8 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--eval_every", type=int, default=1000, help="steps between evaluations (paper: 1000)")
     add_common_options(parser)
     args = parser.parse_args()
-    init = args.init if args.init in ("none", "imagenet") else os.path.basename(os.path.normpath(args.init).removesuffix("/model.pt"))
+    init = args.init if args.init in ("none",
+                                      "imagenet") else os.path.basename(os.path.normpath(args.init).removesuffix("/model.pt"))
     args.name = args.name or "_".join(["seg", args.data, args.encoder, init, "frozen" if args.freeze_encoder else "all",
                                        f"n{args.train_size or 'all'}", f"split{args.split_seed}", f"seed{args.seed}"])
     positive_size(args)
@@ -57,7 +63,8 @@ def name_pretraining(init: str) -> str:
     source, _, options = networks.read_checkpoint(init)
     if "task" not in options:
         return source
-    return options["task"].capitalize() + (f" ({options['supervision']})" if "supervision" in options and options["task"] == "depth" else "")
+    return options["task"].capitalize() + (f" ({options['supervision']})" if "supervision" in options
+                                           and options["task"] == "depth" else "")
 
 
 def save_pictures(path: str, batch: dict, logits: torch.Tensor, colours: tuple, count: int = 4) -> None:
@@ -78,6 +85,8 @@ def main() -> int:
     val_set = cls(root, "val", **size)
     if len(train_set) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(train_set)} images)")
+    seen = {c for i in range(len(train_set)) for c in train_set.load(i)[1].unique().tolist()}
+    absent = [name for c, name in enumerate(train_set.classes) if c not in seen]
 
     # model
     torch.manual_seed(args.seed)
@@ -101,13 +110,12 @@ def main() -> int:
     if os.path.exists(run.path("result.json")):
         print(f"{run.folder}: finished already")
         return 0
-    absent = set(range(len(train_set.classes))) - {c for i in range(len(train_set)) for c in train_set.load(i)[1].unique().tolist()}
     print(f"{run.folder}: segmentation of {len(train_set.classes)} classes, {len(train_set)} training and {len(val_set)} test images of {args.data}")
     print(f"{args.arch} {args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters"
           f"{' (encoder frozen)' * args.freeze_encoder}, {taken}; {args.width}x{args.height}, batch {args.batch_size}, "
           f"{args.steps} steps on {device}" + (f"; continues at step {start}" if start else ""))
     if absent:
-        print("no training image shows " + ", ".join(train_set.classes[c] for c in sorted(absent)))
+        print("no training image shows " + ", ".join(absent))
 
     # loop
     meter, done, scores = Meter(), start, {}
@@ -128,7 +136,8 @@ def main() -> int:
         meter.add({"loss": loss}, waited)
         done = step + 1
         last = done == args.steps or run.stop
-        if device.type == "cpu" or last or done % min(args.log_every, args.save_every) == 0:  # on a GPU asking means waiting
+        if device.type == "cpu" or last or done % min(args.log_every,
+                                                      args.save_every) == 0:  # on a GPU asking means waiting
             meter.check(done, batch["index"])
         optimizer.step()
 
@@ -147,8 +156,10 @@ def main() -> int:
         if run.stop:
             break
 
-    options = {"task": "segmentation", "arch": args.arch, "encoder": args.encoder, "height": args.height, "width": args.width,
-               "data": args.data, "classes": list(train_set.classes), "colours": [list(c) for c in train_set.colours], "steps": done}
+    options = {"task": "segmentation", "arch": args.arch, "encoder": args.encoder, "height": args.height,
+               "width": args.width,
+               "data": args.data, "classes": list(train_set.classes), "colours": [list(c)
+                                                                                  for c in train_set.colours], "steps": done}
     run.save_model({"options": options, **networks.state(model)})
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")

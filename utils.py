@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL: run the command again)
-MAY_CHANGE = {"resume", "device", "num_workers", "log_dir", "log_every", "save_every", "cache"}  # when a run is continued
+MAY_CHANGE = {"resume", "device", "num_workers", "log_dir", "log_every", "save_every",
+              "cache"}  # when a run is continued
 
 
 class InputError(Exception):
@@ -32,7 +33,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except InputError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        line = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")  # a loader process adds its traceback
+        sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
     except NonFiniteError as error:
         sys.exit(print(f"stopped: {error}", file=sys.stderr) or 1)
     except KeyboardInterrupt:
@@ -48,14 +50,17 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
     group.add_argument("--height", type=int, default=192, help="pixels, a multiple of 32 (paper: 192)")
     group.add_argument("--width", type=int, default=640, help="pixels, a multiple of 32 (paper: 640)")
-    group.add_argument("--drives", nargs="+", metavar="NAME", help="only these drives or folders, instead of the split's")
+    group.add_argument("--drives", nargs="+", metavar="NAME",
+                       help="only these drives or folders, instead of the split's")
     group.add_argument("--num_workers", type=int, default=2, help="loader processes; 0 loads in this one")
-    group.add_argument("--cache", action="store_true", help="keep decoded, resized images in memory (of each loader process)")
+    group.add_argument("--cache", action="store_true",
+                       help="keep decoded, resized images in memory (of each loader process)")
     group = parser.add_argument_group("run")
     group.add_argument("--name", help="folder below --log_dir (default: made of the options)")
     group.add_argument("--log_dir", default="runs", help="where run folders go")
     group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
-    group.add_argument("--resume", action="store_true", help="demand a checkpoint to continue from; one that is there is used in any case")
+    group.add_argument("--resume", action="store_true",
+                       help="demand a checkpoint to continue from; one that is there is used in any case")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     group.add_argument("--log_every", type=int, default=50, help="steps between log records")
     group.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
@@ -125,7 +130,7 @@ class Run:
             raise InputError(f"--resume: there is no {self.path('last.pt')}")
         if self.checkpoint is None:
             git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
-                                 capture_output=True, text=True) if shutil.which("git") else None
+                                 capture_output=True, text=True, check=False) if shutil.which("git") else None
             save_json(self.path("args.json"), {
                 "script": script, "command": " ".join([script, *sys.argv[1:]]), "options": vars(args),
                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
@@ -135,7 +140,7 @@ class Run:
         if self.checkpoint is not None and os.path.exists(self.path("log.jsonl")):
             with open(self.path("log.jsonl")) as file:
                 kept = [line for line in file if json.loads(line)["step"] <= self.checkpoint["step"]]
-        self.log_file = open(self.path("log.jsonl"), "w", buffering=1)
+        self.log_file = open(self.path("log.jsonl"), "w", buffering=1)  # noqa: SIM115  (open as long as the run)
         self.log_file.writelines(kept)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -154,7 +159,7 @@ class Run:
             return None
         try:
             checkpoint = torch.load(self.path("last.pt"), map_location="cpu", weights_only=True)
-        except Exception:
+        except Exception:  # noqa: BLE001  (whatever a damaged file makes torch.load raise)
             raise InputError(f"{self.path('last.pt')} is damaged: delete it to start again") from None
         now, then = vars(self.args), checkpoint["args"]
         differing = [f"--{k} {then.get(k)} there, {now.get(k)} now" for k in sorted(now.keys() | then.keys())
