@@ -1,7 +1,6 @@
 """Data: one class a data set, one joint transform for image, K, depth and label, and the synthetic street world.
 
     python datasets.py render --data_path data/synthetic          # write the embedded default, in KITTI's own layout
-    python datasets.py check --data kitti --data_path data/kitti  # what is there, before a run
 
 Clips (pre-training): {"frames": (F, 3, H, W) uint8, target first, "K": (3, 3), "stereo_T"?: (4, 4), "depth"?: (1, H, W) metres,
 0 = no measurement, "index"}. Labelled images: {"image": (3, H, W) uint8, "label": (H, W) int64 train ids, 255 = ignore, "index"}.
@@ -12,15 +11,20 @@ import argparse
 import math
 import os
 import re
-from itertools import pairwise
+import shutil
+from functools import partial
+from itertools import pairwise, product
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
 
 from utils import InputError, run_main
 
@@ -366,17 +370,17 @@ def neighbours(index: int, frames: list[int], frame_ids: list[int]) -> list[int]
 
 
 def velodyne_depth(points: np.ndarray, velodyne_to_camera: np.ndarray, P: np.ndarray, shape: tuple[int, int],
-                   forward_distance: bool = False) -> np.ndarray:
+                   forward_distance: bool = False, offset: int = 0) -> np.ndarray:
     """LiDAR points projected into a camera: (h, w) metres, 0 = no measurement; the nearest point of a pixel counts.
 
     points: (N, 4) x forward, y left, z up, reflectance; velodyne_to_camera: (4, 4) into rectified camera coordinates; P: (3, 4).
-    forward_distance: the point's velodyne x instead of camera z, which is what the published Eigen numbers use.
+    forward_distance: the point's velodyne x instead of camera z. offset: subtracted from rounded pixel positions.
+    The published Eigen ground truth has forward distances and an offset of 1; KITTI's own depth PNGs have neither.
     """
     points = points[points[:, 0] >= 0].astype(np.float64)
     homogeneous = np.c_[points[:, :3], np.ones(len(points))]
     u, v, z = P @ velodyne_to_camera @ homogeneous.T
-    # the published ground truth counts pixels from 1: rounded (half to even), minus 1
-    x, y = np.round(u / z) - 1, np.round(v / z) - 1
+    x, y = np.round(u / z) - offset, np.round(v / z) - offset  # half to even
     inside = (x >= 0) & (y >= 0) & (x < shape[1]) & (y < shape[0])
     x, y, value = x[inside].astype(int), y[inside].astype(int), (points[:, 0] if forward_distance else z)[inside]
     depth = np.zeros(shape)
@@ -472,7 +476,7 @@ class KittiRaw(Clips):
         return P[side][:, :3].copy(), float(offset["lr"["rl".index(side)]] - offset[side])
 
     def _depth_source(self, folder: str, number: int, side: str) -> tuple | None:
-        """LiDAR of a frame: a depth PNG (camera z) where there is one, else the raw points."""
+        """LiDAR of a frame for `depth_map`: a depth PNG where there is one, else the raw points, as camera z."""
         drive, camera = os.path.join(self.root, folder), "image_02" if side == "l" else "image_03"
         for kind in ("groundtruth", "velodyne_raw"):
             png = os.path.join(drive, "proj_depth", kind, camera, f"{number:010d}.png")
@@ -488,7 +492,7 @@ class KittiRaw(Clips):
     def depth_map(self, depth: tuple) -> np.ndarray:
         if depth[0] == "png":
             return read_ids(depth[1]).astype(np.float32) / 256
-        _, path, folder, side, forward_distance = depth
+        _, path, folder, side, published = depth
         calibration = self.calibration(folder[:10])
         if "velodyne" not in calibration:
             file = os.path.join(self.root, folder[:10], "calib_velo_to_cam.txt")
@@ -504,7 +508,7 @@ class KittiRaw(Clips):
             raise InputError(f"{path}: {content.size} bytes are no list of x, y, z, reflectance in float32")
         points = content.view(np.float32).reshape(-1, 4)
         return velodyne_depth(points, calibration["velodyne"], calibration["P"][side], calibration["shape"],
-                              forward_distance)
+                              forward_distance=published, offset=int(published))
 
 
 def natural_key(name: str) -> list:
@@ -694,6 +698,605 @@ class CamVid(Labelled):
         super().__init__(draw_training_set(pairs, train_size, split_seed) if split == "train" else pairs, **options)
 
 
+# ---------------------------------------------------------------------------------------------- the synthetic world
+#
+# A procedural street, ray cast in numpy. World and camera axes are those of KITTI's cameras: x right, y down, z forward,
+# in metres; the ground is y = 0. Every object (a house, a tree, a car) has an anchor frame on the street and consists of
+# solids: frustums (boxes whose top may be smaller than their bottom), upright cylinders and ellipsoids. Surfaces are
+# Lambertian, with textures fixed to the anchor frames, so a point keeps its colour from frame to frame and from camera to
+# camera.
+
+ROAD, SIDEWALK, BUILDING, POLE, VEGETATION, TERRAIN, SKY, CAR = 7, 8, 11, 17, 21, 22, 23, 26  # KITTI's raw ids
+MATERIALS = {"wall": BUILDING, "roof": BUILDING, "metal": POLE, "sign": POLE, "bark": VEGETATION,
+             "leaves": VEGETATION, "paint": CAR, "cabin": CAR, "tyre": CAR}
+MATERIAL_LABELS = np.array(list(MATERIALS.values()), np.uint8)
+
+CAMERA_HEIGHT, BASELINE = 1.65, 0.54  # m; the baseline separates the cameras image_02 and image_03
+NEAR, REACH, FAR = 0.2, 150.0, 250.0  # m; solids beyond REACH are left out, and ground beyond FAR counts as sky
+START, END = -30.0, 480.0  # m along the street between which it is built up
+MAP_SCALE, MAP_REACH = 6, 60  # cells per m, and m to either side of x = 0, of the map of shadows on the ground
+LIDAR_ROTATION = np.array([[0.0, -1, 0], [0, 0, -1], [1, 0, 0]])  # velodyne (x forward, z up) to camera
+LIDAR_TRANSLATION, LIDAR_RANGE = np.array([-0.004, -0.076, -0.272]), 80.0  # m
+
+CUBE = np.array(list(product((-1, 1), repeat=3)), np.float32)  # its corners, and its faces as quads of corners
+QUADS = np.array([(0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5)])
+TOP, BOTTOM, RIGHT, LEFT, FRONT, BACK, CURVED = range(7)  # faces of a frustum; ellipsoids and cylinders are CURVED
+NOISE = {k: np.pad(np.random.default_rng(k).random((n,) * k, np.float32), (0, 1), "wrap")
+         for k, n in ((2, 512), (3, 64))}  # random values on a periodic lattice, by number of dimensions
+
+
+def value_noise(*coordinates: np.ndarray) -> np.ndarray:
+    """Smooth noise in [0, 1] at points given by 2 or 3 arrays of coordinates: random values at integers, blended."""
+    lattice = NOISE[len(coordinates)]
+    strides = [s // lattice.itemsize for s in lattice.strides]
+    floors = [np.floor(c) for c in coordinates]
+    index = sum((f.astype(np.int32) & (lattice.shape[0] - 2)) * s for f, s in zip(floors, strides))
+    values = [lattice.ravel()[index + np.dot(corner, strides)] for corner in product((0, 1), repeat=len(strides))]
+    for coordinate, floor in zip(coordinates[::-1], floors[::-1]):  # the last axis varies fastest among the corners
+        share = coordinate - floor
+        share = share * share * (3 - 2 * share)
+        values = [a + share * (b - a) for a, b in zip(values[::2], values[1::2])]
+    return values[0]
+
+
+def grain(cell: float, footprint: np.ndarray, *coordinates: np.ndarray) -> np.ndarray:
+    """Noise about zero with cells of a given size, fading out where a ray's footprint outgrows them (all in m)."""
+    return (value_noise(*(c / cell for c in coordinates)) - 0.5) / (1 + (2 * footprint / cell) ** 2)
+
+
+def stripe(offset: np.ndarray, half_width: np.ndarray | float, footprint: np.ndarray) -> np.ndarray:
+    """Share of a ray's footprint around `offset` that lies on the stripe |offset| < half_width (all in m)."""
+    reach = np.minimum(half_width, offset + footprint / 2) - np.maximum(-half_width, offset - footprint / 2)
+    return np.clip(reach / footprint, 0, 1)
+
+
+def repeat(offset: np.ndarray, period: float) -> np.ndarray:
+    """Signed distance to the closest multiple of the period."""
+    return offset - period * np.round(offset / period)
+
+
+def mix(first: np.ndarray, second: np.ndarray | tuple, share: np.ndarray) -> np.ndarray:
+    """Colours (3, n), or one colour of 3 numbers, blended from first (share 0) to second (share 1)."""
+    first, second = (np.asarray(c, np.float32).reshape(3, -1) for c in (first, second))
+    return first + (second - first) * share.astype(np.float32)
+
+
+def rotation_y(angle: np.ndarray) -> np.ndarray:
+    """Rotations (..., 3, 3) by angles (rad) about the vertical; positive ones turn z forward towards x right."""
+    c, s, o = np.cos(angle), np.sin(angle), np.zeros_like(angle)
+    return np.stack([c, o, s, o, o + 1, o, -s, o, c], -1).reshape(*np.shape(angle), 3, 3)
+
+
+def frustum_planes(half: np.ndarray, top: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Outward unit normals (6, 3) and offsets (6,) about the centre of a box with its top scaled along x and z."""
+    (x, y, z), (top_x, top_z) = half, top
+    lean_x, lean_z = x * (1 - top_x) / (2 * y), z * (1 - top_z) / (2 * y)
+    normals = np.array([[0, -1, 0], [0, 1, 0], [1, -lean_x, 0], [-1, -lean_x, 0], [0, -lean_z, 1], [0, -lean_z, -1]])
+    lengths = np.linalg.norm(normals, axis=1)
+    middles = np.array([y, y, *[x * (1 + top_x) / 2] * 2, *[z * (1 + top_z) / 2] * 2])
+    return (normals / lengths[:, None]).astype(np.float32), (middles / lengths).astype(np.float32)
+
+
+class StreetWorld:
+    """One street with its houses, plants, cars, light and colours, and a camera's drive along it."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = np.random.default_rng(seed)
+        self.bend, self.bend_rate, self.bend_phase = rng.uniform(1, 8), rng.uniform(0.018, 0.035), rng.uniform(0, 6.3)
+        self.half_road, self.walk, self.verge = rng.uniform(5.3, 7), rng.uniform(1.8, 3.5), 1.2 * rng.integers(2)
+        self.side_streets = np.cumsum(rng.uniform(45, 110, 6)).astype(np.float32) - 20  # m along the street
+        self.speed, self.wobble = rng.uniform(0.6, 1.0), rng.uniform(0, 6.3, 4)  # m a frame, rad
+
+        overcast, warmth = rng.random() < 0.35, rng.uniform(0, 0.3)
+        height, azimuth = np.radians(80 if overcast else rng.uniform(28, 60)), rng.uniform(0, 6.3)
+        self.sun = np.array([np.cos(height) * np.sin(azimuth), -np.sin(height), np.cos(height) * np.cos(azimuth)],
+                            np.float32)
+        self.sun_colour = np.float32([1, 1 - warmth / 2, 1 - warmth]) * (0.5 if overcast else rng.uniform(1.3, 1.8))
+        self.ambient = np.float32([0.85, 0.93, 1.05]) * (0.75 if overcast else rng.uniform(0.4, 0.55))
+        self.zenith = np.float32([0.55, 0.6, 0.66] if overcast else [0.13, 0.27, 0.6]) * rng.uniform(0.8, 1.2)
+        self.haze, self.visibility = np.float32([0.72, 0.75, 0.78]) * rng.uniform(0.9, 1.1), rng.uniform(300, 900)
+        self.clouds = rng.uniform(0.5, 0.8) if overcast else rng.uniform(0.25, 0.6)
+
+        self.anchors: list[tuple] = []  # m right of the centre line, m along it, speed in m a frame, turn in rad
+        self.solids: list[tuple] = []
+        self._build()
+        self._tabulate()
+        self.sunlight = self._map_sunlight(blur=6.0 if overcast else 1.0)
+
+    def centre(self, z: np.ndarray | float) -> np.ndarray:
+        """Lateral position (m) of the street's centre line at z (m)."""
+        return self.bend * np.sin(z * self.bend_rate + self.bend_phase)
+
+    def heading(self, z: np.ndarray | float) -> np.ndarray:
+        """Direction (rad) of the street's centre line at z (m)."""
+        return np.arctan(self.bend * self.bend_rate * np.cos(z * self.bend_rate + self.bend_phase))
+
+    def pose(self, time: float) -> np.ndarray:
+        """Camera-to-world matrix (4, 4) of the left camera at a time in frames."""
+        sway, nod, drift, pace = np.sin(time * np.array([0.31, 0.47, 0.13, 0.1]) + self.wobble)
+        z, pitch = 10 + self.speed * (time + 0.5 * pace), 0.006 * nod
+        tilt = np.array([[1, 0, 0], [0, np.cos(pitch), -np.sin(pitch)], [0, np.sin(pitch), np.cos(pitch)]])
+        pose = np.eye(4)
+        pose[:3, :3] = rotation_y(self.heading(z) + 0.012 * sway) @ tilt
+        pose[:3, 3] = self.centre(z) + 1.6 + 0.15 * drift, -CAMERA_HEIGHT + 0.015 * nod, z
+        return pose
+
+    def frames(self, time: float) -> tuple[np.ndarray, np.ndarray]:
+        """Anchor-to-world rotations (A, 3, 3) and origins (A, 3) at a time in frames."""
+        u, z, speed, turn = np.array(self.anchors).T
+        z = z + speed * time
+        return rotation_y(self.heading(z) + turn), np.stack([self.centre(z) + u, np.zeros_like(z), z], -1)
+
+    # ---- layout ----------------------------------------------------------------------------------------------------
+
+    def _solid(self, shape: str, material: str, centre: tuple, half: tuple, colour, top: tuple = (1.0, 1.0)) -> None:
+        """Add a solid to the latest anchor: centre and half extents in its frame (m), and its linear colour."""
+        self.solids.append((len(self.anchors) - 1, shape, material, centre, half, colour, top))
+
+    def _along(self, low: float, high: float, margin: float) -> list[float]:
+        """Positions along the street, low to high m apart, that keep a margin (m) from the side streets."""
+        positions = START + np.cumsum(self.rng.uniform(low, high, int((END - START) / low)))
+        return [z for z in positions if z < END and np.abs(self.side_streets - z).min() > margin]
+
+    def _build(self) -> None:
+        rng = self.rng
+        gaps, storeys, parked, hedges = rng.uniform(.05, .35), rng.uniform(2, 4.5), rng.uniform(.1, .55), rng.random()
+        tree_gap, post_gap = rng.uniform(9, 26), rng.uniform(8, 16)
+        curb, house_width = self.half_road + self.verge, rng.uniform(9, 15)
+        for side in (-1, 1):
+            garden = rng.choice([0.3, 2.0, 4.5])
+            front = curb + self.walk + garden
+            for z in self._along(house_width + 0.2, house_width * 1.25, house_width / 2 + 5):
+                if rng.random() < gaps:
+                    self._tree(side * (front + rng.uniform(0, 8)), z)
+                else:
+                    self._house(side, front, z, house_width, storeys)
+            for z in self._along(8, 20, 0):  # trees far from the street close the view between the houses
+                self._tree(side * rng.uniform(35, 50), z)
+            for z in self._along(0.5 * tree_gap, 1.5 * tree_gap, 6):
+                self._tree(side * (curb + 0.5 + rng.integers(2) * (self.walk + 0.6)), z)
+            for z in self._along(0.5 * post_gap, 1.5 * post_gap, 4):
+                self._post(side, z)
+            for z in self._along(5.6, 8, 9):
+                if rng.random() < parked:
+                    self._car(side * (self.half_road - 1.05), z, 0.0, 0.0 if side > 0 else np.pi)
+            for z in self._along(5, 5.5, 8):
+                if garden > 1 and rng.random() < hedges:
+                    self.anchors.append((side * (curb + self.walk + 0.6), z, 0.0, 0.0))
+                    height, green = rng.uniform(0.4, 0.8), rng.uniform([.05, .1, .02], [.12, .18, .05])
+                    self._solid("frustum", "leaves", (0, -height, 0), (0.45, height, 2.4), green, (0.8, 0.97))
+        self._car(1.7, rng.uniform(26, 45), self.speed * rng.uniform(0.97, 1.05), 0.0)
+        for z in np.cumsum(rng.uniform(18, 70, 30)):  # enough oncoming cars for the longest drive
+            self._car(-1.6, z, -1.1 * self.speed, np.pi)
+
+    def _house(self, side: int, front: float, z: float, width: float, storeys: float) -> None:
+        rng = self.rng
+        walls = [(.55, .42, .26), (.6, .55, .45), (.38, .14, .09), (.5, .3, .2), (.62, .6, .58), (.6, .48, .2),
+                 (.4, .41, .4)]
+        floors = max(1, round(storeys + rng.uniform(-1.2, 1.2)))
+        height, depth, rise = floors * rng.uniform(1.45, 1.7), rng.uniform(4, 6.5), rng.uniform(1, 2)
+        self.anchors.append((side * (front + depth + rng.uniform(0, 0.4)), z, 0.0, 0.0))
+        plaster = rng.choice(walls) * rng.uniform(0.7, 1.1)
+        self._solid("frustum", "wall", (0, -height, 0), (depth, height, width / 2), plaster)
+        if floors < 5 and rng.random() < 0.75:  # a gable or hipped roof with a chimney, or a flat roof
+            tiles, ridge = rng.choice([(.28, .1, .06), (.12, .11, .11), (.2, .14, .1)]), (0.02, rng.choice([1.0, 0.6]))
+            top = -2 * height - rise
+            self._solid("frustum", "roof", (0, top, 0), (depth + 0.4, rise, width / 2 + 0.1), tiles, ridge)
+            self._solid("frustum", "roof", (-1.5 * side, top - 0.6 * rise, 2), (0.35, rise, 0.45), (.3, .14, .1))
+        else:
+            self._solid("frustum", "roof", (0, -2 * height - 0.2, 0), (depth + 0.25, 0.25, width / 2), (.4, .39, .37))
+
+    def _tree(self, u: float, z: float) -> None:
+        rng = self.rng
+        size, green = rng.uniform(0.6, 1.25), rng.uniform([.05, .09, .02], [.14, .18, .06])
+        trunk = rng.uniform(1.9, 2.9) * size
+        self.anchors.append((u, z, 0.0, rng.uniform(0, 6.3)))
+        half = (0.16 * size, 0.75 * trunk, 0.16 * size)
+        self._solid("cylinder", "bark", (0, -0.75 * trunk, 0), half, (.12, .09, .065))
+        for _ in range(rng.integers(5, 8)):
+            x, y, w = rng.uniform([-1.2, 0.5, -1.2], [1.2, 3.4, 1.2]) * size
+            half = rng.uniform([0.9, 0.7, 0.9], [1.6, 1.4, 1.6]) * size
+            self._solid("ellipsoid", "leaves", (x, -trunk - y, w), half, green * rng.uniform(0.8, 1.2))
+
+    def _post(self, side: int, z: float) -> None:
+        rng = self.rng
+        grey = np.array([.2, .21, .21]) * rng.uniform(0.4, 1.3)
+        self.anchors.append((side * (self.half_road + 0.45), z, 0.0, 0.0))
+        if rng.random() < 0.55:  # a street lamp, its arm over the road
+            height, radius, arm = rng.uniform(2.6, 3.8), rng.uniform(0.07, 0.12), rng.uniform(0.5, 1.0)
+            self._solid("cylinder", "metal", (0, -height, 0), (radius, height, radius), grey)
+            self._solid("frustum", "metal", (-side * arm, -2 * height, 0), (arm, 0.05, 0.05), grey)
+            self._solid("frustum", "metal", (-side * 2 * arm, -2 * height, 0), (0.35, 0.09, 0.13), grey * 1.5)
+        else:
+            height, colour = rng.uniform(1.15, 1.4), rng.choice([(.6, .03, .03), (.03, .1, .5), (.6, .45, .03)])
+            self._solid("cylinder", "metal", (0, -height, 0), (0.05, height, 0.05), grey * 1.4)
+            self._solid("ellipsoid", "sign", (0, -2 * height + 0.3, -0.07), (0.36, 0.36, 0.03), colour)
+
+    def _car(self, u: float, z: float, speed: float, turn: float) -> None:
+        rng = self.rng
+        paint = rng.choice([(.7, .7, .7), (.35, .36, .38), (.03, .03, .035), (.1, .11, .12), (.45, .03, .03),
+                            (.04, .1, .3), (.5, .47, .4)])
+        length, van = rng.uniform(1.95, 2.25), rng.random() < 0.25
+        body, cabin, share, slope = (0.46, 0.42, 0.78, 0.84) if van else (0.35, 0.28, 0.62, 0.6)
+        self.anchors.append((u, z, speed, turn))
+        self._solid("frustum", "paint", (0, -0.25 - body, 0), (0.88, body, length), paint, (0.93, 0.95))
+        middle = (0, -0.25 - 2 * body - cabin, -0.3)
+        self._solid("frustum", "cabin", middle, (0.8, cabin, share * length), paint, (0.82, slope))
+        for x, w in product((-0.78, 0.78), (-0.62 * length, 0.62 * length)):
+            self._solid("ellipsoid", "tyre", (x, -0.32, w), (0.15, 0.32, 0.32), (.02, .02, .02))
+
+    def _tabulate(self) -> None:
+        """Turn the list of solids into arrays, to be indexed by the number of the solid that a ray hits."""
+        anchor, shape, material, middle, half, colour, top = (np.array(column) for column in zip(*self.solids))
+        self.anchor, self.shape, self.material = anchor, shape, np.array([list(MATERIALS).index(m) for m in material])
+        self.middle, self.half, self.colour = (v.astype(np.float32) for v in (middle, half, colour))
+        self.style = self.rng.random((len(anchor), 3), np.float32)
+        self.normals, self.offsets = (np.stack(v) for v in zip(*map(frustum_planes, half, top)))
+        scale = np.ones((len(anchor), 8, 3), np.float32)
+        scale[:, CUBE[:, 1] < 0, ::2] = top[:, None]  # y points down
+        self.corners = self.middle[:, None] + self.half[:, None] * CUBE * scale
+
+    def _map_sunlight(self, blur: float) -> np.ndarray:
+        """Share of sunlight that reaches each cell of the ground past the standing solids, blurred (in cells)."""
+        size = 2 * MAP_REACH * MAP_SCALE, int((END + 100 - START) * MAP_SCALE)
+        canvas = Image.new("L", size, 255)
+        draw = ImageDraw.Draw(canvas)
+        rotations, origins = self.frames(0.0)
+        for i in np.nonzero(np.array(self.anchors)[self.anchor, 2] == 0)[0]:
+            points = self.corners[i] @ rotations[self.anchor[i]].T + origins[self.anchor[i]]
+            points = points - self.sun * (points[:, 1:2] / self.sun[1])
+            cells = (points[:, ::2] + [MAP_REACH, -START]) * MAP_SCALE
+            if self.shape[i] == "ellipsoid":
+                middle, radius = cells.mean(axis=0), self.half[i].mean() * MAP_SCALE
+                draw.ellipse([*(middle - radius), *(middle + radius)], fill=0)
+            else:
+                for quad in QUADS:
+                    draw.polygon(cells[quad].ravel().tolist(), fill=0)
+        return np.asarray(canvas.filter(ImageFilter.GaussianBlur(blur)), np.float32) / 255
+
+    # ---- ray casting -----------------------------------------------------------------------------------------------
+
+    def render(self, pose: np.ndarray, time: float, K: np.ndarray, height: int, width: int) -> dict[str, np.ndarray]:
+        """Image (H, W, 3) uint8, depth (H, W) float32 (camera z in m, inf for sky), label (H, W) uint8, solid (H, W).
+
+        Depth, label and solid belong to the rays through the pixels' centres, which have integer coordinates; the
+        colour is the mean of these rays and those through the pixels' corners, which neighbours share.
+        """
+        row, column = np.mgrid[-0.5:height:0.5, 0:width + 1]
+        column -= 0.5 * (row % 1 > 0)  # rows of corners alternate with rows of centres
+        x, y = ((column - K[0, 2]) / K[0, 0]).astype(np.float32), ((row - K[1, 2]) / K[1, 1]).astype(np.float32)
+        colour, *per_pixel = self._trace(pose, time, x, y)
+        corners = colour[:, :-1:2] + colour[:, 2::2]
+        colour = colour[:, 1::2, :-1] / 2 + (corners[..., :-1] + corners[..., 1:]) / 8
+        image = np.rint(255 * np.clip(colour, 0, 1) ** (1 / 2.2)).astype(np.uint8).transpose(1, 2, 0)
+        return dict(zip(("depth", "label", "solid"), (v[1::2, :-1] for v in per_pixel)), image=image)
+
+    def flow(self, view: dict[str, np.ndarray], pose: np.ndarray, time: float, other_pose: np.ndarray,
+             other_time: float, K: np.ndarray) -> np.ndarray:
+        """Displacement (H, W, 2) in pixels of every pixel of a rendered view towards another pose and time."""
+        v, u = np.indices(view["depth"].shape)
+        rays = np.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones(u.shape)], -1) @ pose[:3, :3].T
+        sky, things = np.isinf(view["depth"])[..., None], view["solid"] >= 0
+        points = rays * np.where(sky, 1, view["depth"][..., None]) + pose[:3, 3]
+        anchor = self.anchor[view["solid"][things]]
+        (rotations, origins), (new_rotations, new_origins) = self.frames(time), self.frames(other_time)
+        motion = new_rotations @ rotations.transpose(0, 2, 1)
+        points[things] = np.einsum("nij,nj->ni", motion[anchor], points[things] - origins[anchor]) + new_origins[anchor]
+        seen = np.where(sky, rays, points - other_pose[:3, 3]) @ other_pose[:3, :3]  # the sky is infinitely far
+        pixel = seen[..., :2] / seen[..., 2:] * [K[0, 0], K[1, 1]] + K[:2, 2]
+        return (pixel - np.stack([u, v], -1)).astype(np.float32)
+
+    def _trace(self, pose: np.ndarray, time: float, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Linear colour, depth, label and solid (-1 for ground and sky) on a grid of rays (x, y, 1)."""
+        depth, solid, face = self._cast(pose, time, x, y)
+        rays = np.einsum("ij,jhw->ihw", pose[:3, :3].astype(np.float32), np.stack([x, y, np.ones_like(x)]))
+        colour, label = np.empty_like(rays), np.full(depth.shape, SKY, np.uint8)
+        sky, things = np.isinf(depth), solid >= 0
+        eye, spacing = pose[:3, 3:].astype(np.float32), x[0, 1] - x[0, 0]
+        for region, shade in ((~sky & ~things, self._shade_ground), (things, self._shade_solids)):
+            z = depth[region]
+            hits = rays[:, region] * z + eye, eye, z * spacing, time, solid[region], face[region]
+            shaded, label[region] = shade(*hits)
+            colour[:, region] = mix(shaded, self.haze, 1 - np.exp(-z / self.visibility))
+        colour[:, sky] = self._shade_sky(rays[:, sky])
+        return colour, depth, label, solid
+
+    def _cast(self, pose: np.ndarray, time: float, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Depth (inf for sky), number of the solid (-1 for ground and sky) and its face where each ray ends."""
+        down = pose[1, 0] * x + pose[1, 1] * y + pose[1, 2]
+        depth = (-pose[1, 3] / np.maximum(down, 1e-6)).astype(np.float32)
+        depth[depth > FAR] = np.inf
+        solid, face = np.full(depth.shape, -1, np.int32), np.full(depth.shape, TOP, np.int8)
+
+        rotations, origins = self.frames(time)
+        turns = (pose[:3, :3].T @ rotations)[self.anchor].astype(np.float32)  # from the anchors' frames to the camera's
+        eyes = np.einsum("nji,nj->ni", rotations, pose[:3, 3] - origins)[self.anchor].astype(np.float32) - self.middle
+        corners = np.einsum("nij,nkj->nki", turns, self.half[:, None] * CUBE - eyes[:, None])
+        image = corners[..., :2] / np.maximum(corners[..., 2:], NEAR)  # far off the image for corners behind the camera
+        (left, top), (right, bottom) = ([np.searchsorted(axis, bound[:, k]) for k, axis in enumerate((x[0], y[:, 0]))]
+                                        for bound in (image.min(axis=1), image.max(axis=1)))
+        nearest, farthest = corners[..., 2].min(axis=1), corners[..., 2].max(axis=1)
+        left = np.maximum(left - 1, 0)  # as the rows are staggered
+        size = np.maximum(right - left, 0) * np.maximum(bottom - top, 0)
+        visible = (size > 8) & (farthest > NEAR) & (nearest < REACH)
+        order = np.argsort(nearest)
+        for i in order[visible[order]]:
+            window = slice(top[i], bottom[i]), slice(left[i], right[i])
+            if nearest[i] < depth[window].max():
+                hit = self._hit_frustum if self.shape[i] == "frustum" else self._hit_round
+                hit(i, turns[i], eyes[i], x[window], y[window], depth[window], solid[window], face[window])
+        return depth, solid, face
+
+    def _hit_frustum(self, i: int, turn: np.ndarray, eye: np.ndarray, x: np.ndarray, y: np.ndarray,
+                     depth: np.ndarray, solid: np.ndarray, face: np.ndarray) -> None:
+        """Draw solid i into a window of the image where it is the closest; the eye is given from its middle."""
+        enter, leave, entered = np.float32(0), np.float32(np.inf), np.int8(0)
+        gaps = self.offsets[i] - self.normals[i] @ eye  # negative: the eye is outside this plane
+        with np.errstate(divide="ignore"):
+            for side, (gap, (a, b, c)) in enumerate(zip(gaps, self.normals[i] @ turn.T)):
+                slope = a * x + (b * y[:, :1] + c)
+                if gap < 0:
+                    crossing = np.where(slope < 0, gap / slope, np.inf)
+                    entered = np.where(crossing > enter, np.int8(side), entered)
+                    enter = np.maximum(enter, crossing)
+                else:
+                    leave = np.minimum(leave, np.where(slope > 0, gap / slope, np.inf))
+        closer = (enter < np.minimum(leave, depth)) & (enter > NEAR)
+        depth[closer], solid[closer], face[closer] = enter[closer], i, entered[closer]
+
+    def _hit_round(self, i: int, turn: np.ndarray, eye: np.ndarray, x: np.ndarray, y: np.ndarray,
+                   depth: np.ndarray, solid: np.ndarray, face: np.ndarray) -> None:
+        """The same for an ellipsoid or a cylinder; leaves have holes, through which the far side may be seen."""
+        axes = [0, 2] if self.shape[i] == "cylinder" else [0, 1, 2]
+        start = eye / self.half[i]  # in units of the half extents the solid has a radius of 1
+        ray = [(turn[0, k] * x + (turn[1, k] * y[:, :1] + turn[2, k])) / self.half[i, k] for k in range(3)]
+        a, b = sum(ray[k] ** 2 for k in axes), sum(ray[k] * start[k] for k in axes)
+        root = np.sqrt(np.maximum(b * b - a * (sum(start[k] ** 2 for k in axes) - 1), 0))
+        open_rays = (root > 0) & (root + b > -depth * a)
+        for sign in (-1, 1):  # the near side, then the far side
+            rows, columns = np.nonzero(open_rays)
+            distance = ((sign * root - b) / a)[rows, columns]
+            point = [s + distance * r[rows, columns] for s, r in zip(start, ray)]
+            dense = (np.abs(point[1]) <= 1) & (distance > NEAR) & (distance < depth[rows, columns])
+            if self.material[i] == list(MATERIALS).index("leaves"):
+                cells = zip(point, self.half[i] / 0.25, 60 * self.style[i])
+                dense &= value_noise(*(p * scale + shift for p, scale, shift in cells)) > 0.45
+            hit = rows[dense], columns[dense]
+            depth[hit], solid[hit], face[hit], open_rays[hit] = distance[dense], i, CURVED, False
+
+    # ---- shading: colours (3, n) and labels (n,) of points (3, n); a footprint is the spacing (m) of the rays there
+
+    def _shade_sky(self, rays: np.ndarray) -> np.ndarray:
+        x, y, z = rays / np.linalg.norm(rays, axis=0)
+        up = np.maximum(-y, 0.01)
+        x, z = x / (up + 0.12), z / (up + 0.12)  # on a plane above, which bends down towards the horizon
+        cloud = sum(value_noise(x * f, z * f + 7 * f) / f for f in (1.5, 3.0, 6.0, 12.0)) / 1.25
+        cover = 0.9 * np.clip(4 * (cloud - 1 + self.clouds), 0, 1) * np.clip(6 * up, 0, 1)
+        return mix(mix(self.haze, self.zenith, np.clip(2.2 * up, 0, 1) ** 0.6), 1.25 * self.haze, cover)
+
+    def _shade_ground(self, points: np.ndarray, eye: np.ndarray, footprint: np.ndarray, time: float, *_) -> tuple:
+        x, _, z = points
+        u = x - self.centre(z)
+        aside, across = np.abs(u), np.abs(z - self.side_streets[:, None]).min(axis=0)  # m from the two kinds of streets
+        curb = self.half_road + self.verge
+        road = (aside < self.half_road) | (across < 3.2)
+        walk = (aside > curb) & (aside < curb + self.walk) | (across < 5)
+        label = np.where(road, ROAD, np.where(walk, SIDEWALK, TERRAIN)).astype(np.uint8)
+
+        lengthwise = footprint * np.linalg.norm(points - eye, axis=0) / -eye[1]  # rays graze the ground
+        width = np.maximum(footprint, 0.3 * lengthwise)
+        coarse, middle, fine = (grain(cell, width, x, z) for cell in (2.5, 0.5, 0.12))
+        asphalt = mix((0, 0, 0), (.13, .13, .13), 1 + 0.5 * coarse + 0.2 * middle + 0.5 * fine)
+        dash = stripe(repeat(z, 9), 1.5, lengthwise) * stripe(u, 0.07, footprint)
+        edge = stripe(aside - self.half_road + 2.2, 0.05, footprint)
+        zebra = stripe(repeat(u, 1), 0.25, footprint) * stripe(across - 5.5, 1.2, lengthwise) * (aside < self.half_road)
+        asphalt = mix(asphalt, (.55, .55, .52), 0.85 * np.where(across > 4.5, np.maximum(dash, edge), 0) + 0.8 * zebra)
+        joints = stripe(repeat(u, 0.6), 0.02, footprint) + stripe(repeat(z, 0.6), 0.02, lengthwise)
+        paving = mix((0, 0, 0), (.3, .28, .26), 1 + 0.5 * coarse + 0.2 * middle + 0.3 * fine - 0.4 * joints)
+        grass = mix((.1, .14, .035), (.2, .17, .08), np.clip(0.4 + coarse, 0, 1))
+        grass = grass * (1 + 0.6 * middle + 0.9 * fine)
+        colour = np.where(label == ROAD, asphalt, np.where(label == SIDEWALK, paving, grass))
+        colour = mix(colour, (.38, .37, .35), stripe(aside - self.half_road, 0.1, footprint) * (across > 3.2))
+
+        column, row = (x + MAP_REACH) * MAP_SCALE - 0.5, (z - START) * MAP_SCALE - 0.5
+        c = np.clip(column, 0, self.sunlight.shape[1] - 2).astype(np.int32)
+        r = np.clip(row, 0, self.sunlight.shape[0] - 2).astype(np.int32)
+        right, lower = column - np.floor(column), row - np.floor(row)
+        near, far = (self.sunlight[k, c] * (1 - right) + self.sunlight[k, c + 1] * right for k in (r, r + 1))
+        sun = near * (1 - lower) + far * lower
+        rotations, origins = self.frames(time)
+        for a in np.nonzero(np.array(self.anchors)[:, 2])[0]:  # moving cars are not in the map: a soft blob below each
+            right, _, ahead = rotations[a].T.astype(np.float32) @ (points - origins[a, :, None].astype(np.float32))
+            blob = np.clip(3 - 2.6 * np.abs(right), 0, 1) * np.clip(5.5 - 2.2 * np.abs(ahead), 0, 1)
+            sun = np.minimum(sun, 1 - blob)
+        return self._reflect(colour, -self.sun[1] * sun, 0.55 + 0.45 * sun), label
+
+    def _reflect(self, albedo: np.ndarray, sun: np.ndarray, sky: np.ndarray) -> np.ndarray:
+        """Colour of surfaces that the given shares of the sun's and the sky's light reach."""
+        return albedo * (sun * self.sun_colour[:, None] + sky * self.ambient[:, None])
+
+    def _shade_solids(self, points: np.ndarray, eye: np.ndarray, footprint: np.ndarray, time: float, solid: np.ndarray,
+                      face: np.ndarray) -> tuple:
+        rotations, origins = (v.astype(np.float32) for v in self.frames(time))
+        anchor, material = self.anchor[solid], self.material[solid]
+        middle, half, colour = (np.take(v.T, solid, axis=1) for v in (self.middle, self.half, self.colour))
+        x, y, z = points - np.take(origins.T, anchor, axis=1)
+        cosine, sine = rotations[anchor, 0, 0], rotations[anchor, 0, 2]
+        local = np.stack([cosine * x - sine * z, y, sine * x + cosine * z])
+        offset = (local - middle) / half  # -1 to 1
+        normal = self.normals[solid, np.minimum(face, BACK)].T.copy()
+        curved = face == CURVED
+        outward = offset[:, curved] / half[:, curved]
+        outward[1] *= self.shape[solid[curved]] != "cylinder"
+        normal[:, curved] = outward / np.linalg.norm(outward, axis=0)
+
+        suns, eyes = self.sun @ rotations, np.einsum("aji,aj->ai", rotations, eye[:, 0] - origins)
+        view = local - np.take(eyes.T, anchor, axis=1)
+        slant = np.abs((normal * view).sum(axis=0)) / np.linalg.norm(view, axis=0)
+        grazing = footprint / np.maximum(slant, 0.05)
+        for number, name in enumerate(MATERIALS):
+            shader, chosen = getattr(self, f"_{name}", None), np.nonzero(material == number)[0]
+            if shader and len(chosen):
+                hits = (v[..., chosen] for v in (colour, local, offset, solid, face, footprint, grazing))
+                colour[:, chosen] = shader(*hits)
+        sun = np.maximum((normal * np.take(suns.T, anchor, axis=1)).sum(axis=0), 0)
+        sun = np.where(material == list(MATERIALS).index("leaves"), 0.25 + 0.6 * sun, sun)  # leaves scatter light
+        sky = (0.8 - 0.25 * normal[1]) * np.clip(0.6 - 0.3 * local[1], 0.6, 1)  # less of it close to the ground
+        return self._reflect(colour, sun, sky), MATERIAL_LABELS[material]
+
+    def _wall(self, colour, local, offset, solid, face, footprint, grazing) -> np.ndarray:
+        """Plaster or brick with storeys of windows, and on the ground floor shops or doors."""
+        (bays, size, kind), extent, height = self.style[solid].T, 2 * self.half[solid].T, -local[1]
+        span = np.where(face < FRONT, extent[2], extent[0])
+        along = (np.where(face < FRONT, offset[2], offset[0]) + 1) * span / 2
+        bay = span / np.maximum(np.round(span / (2.2 + 1.2 * bays)), 1)
+        storey = extent[1] / np.maximum(np.round(extent[1] / 3.1), 1)
+        column, floor = np.floor(along / bay), np.floor(height / storey)
+        a, h = along - (column + 0.5) * bay, height - (floor + 0.52) * storey  # m from the middle of the window
+        random = value_noise(column + np.floor(300 * size), floor + np.floor(300 * bays))
+
+        course = np.floor(height / 0.2)
+        brick = value_noise(np.floor(along / 0.4 + 0.5 * course), course) - 0.5
+        plaster = 0.5 * grain(0.3, grazing, along, height)
+        rough = np.where(kind < 0.4, brick / (1 + (6 * grazing) ** 2), plaster)
+        colour = colour * (1 + 0.4 * grain(2.0, grazing, along + 50 * size, height) + 0.6 * rough)
+        colour = mix(colour, (.42, .4, .37), 0.8 * stripe(h + 0.52 * storey, 0.12, footprint))  # a ledge on each storey
+
+        shop = (floor == 0) & (kind > 0.65)
+        wide, tall = np.where(shop, 0.42, 0.2 + 0.1 * size) * bay, np.where(shop, 0.36, 0.28) * storey
+        frame = stripe(a, wide + 0.12, grazing) * stripe(h, tall + 0.12, footprint)
+        bars = np.maximum(stripe(a, 0.04, grazing), stripe(h - 0.3, 0.04, footprint))
+        glass = stripe(a, wide, grazing) * stripe(h, tall, footprint) * (1 - 0.9 * bars)
+        pane = mix((.03, .04, .055), (.2, .25, .3), np.clip(0.4 + h / storey, 0, 1))
+        pane = mix(pane, (.5, .47, .42), 0.6 * ((random > 0.5) & (h > (random - 0.7) * 3)))  # curtains
+        pane = mix(pane, (.16, .08, .04), (floor == 0) & ~shop & (random < 0.25))  # doors
+        return mix(mix(colour, (.6, .59, .56), frame * (bays > 0.3)), pane, glass)
+
+    def _roof(self, colour, local, offset, solid, face, footprint, grazing) -> np.ndarray:
+        rows = stripe(repeat(local[1], 0.3), 0.05, grazing)
+        return colour * (1 - 0.3 * rows + 0.5 * grain(0.35, grazing, local[2], local[1]))
+
+    def _leaves(self, colour, local, offset, solid, face, footprint, grazing) -> np.ndarray:
+        clumps, leaf = grain(0.8, footprint, *(local + 30 * self.style[solid].T)), grain(0.16, footprint, *local)
+        return colour * np.maximum(0.95 + 1.1 * clumps + 1.8 * leaf - 0.35 * offset[1], 0.1)  # darker below
+
+    def _disc(self, colour, local, offset, solid, face, footprint, grazing) -> np.ndarray:
+        """Light grey in the middle of a thin ellipsoid: where the offset along its thinnest axis is large."""
+        thin = np.take_along_axis(offset, self.half[solid].argmin(axis=1)[None], axis=0)[0]
+        return mix(colour, (.45, .45, .45), np.abs(thin) > 0.75)
+
+    _sign = _tyre = _disc
+
+    def _paint(self, colour, local, offset, solid, face, footprint, grazing) -> np.ndarray:
+        """Bodywork with wheel arches, door seams, lights and number plates."""
+        x, height, z = local[0], -local[1], local[2]
+        flank, end = (face == RIGHT) | (face == LEFT), (face == FRONT) | (face == BACK)
+        arch = np.hypot(np.abs(z) - 0.62 * self.half[solid, 2], height - 0.32) < 0.4
+        seam = stripe(repeat(z + 0.05, 1.1), 0.02, grazing) * (np.abs(z) < 1.3)
+        colour = mix(colour, (.015, .015, .015), flank * np.maximum(arch, 0.7 * seam))
+        colour = mix(colour, (.03, .03, .03), 0.8 * stripe(height - 0.25, 0.12, footprint))
+        lamp = end * stripe(np.abs(x) - 0.66, 0.14, footprint) * stripe(height - 0.74, 0.09, footprint)
+        colour = mix(mix(colour, (.75, .75, .7), lamp * (face == FRONT)), (.5, .02, .02), lamp * (face == BACK))
+        return mix(colour, (.7, .7, .65), end * stripe(x, 0.26, footprint) * stripe(height - 0.5, 0.06, footprint))
+
+    def _cabin(self, colour, local, offset, solid, face, footprint, grazing) -> np.ndarray:
+        """Windows between the pillars of a car."""
+        x, y, z = np.abs(offset[0]), offset[1], np.abs(offset[2])
+        flank = (z < 0.72 + 0.12 * y) & (z > 0.04)
+        glass = np.where((face == RIGHT) | (face == LEFT), flank, x < 0.82) & (face != TOP) & (y > -0.8)
+        return mix(colour, mix((.02, .025, .03), (.14, .17, .2), np.clip(-y, 0, 1)), glass)
+
+
+# ---- writing KITTI's layout ------------------------------------------------------------------------------------------
+
+def camera_matrix(height: int, width: int) -> np.ndarray:
+    """Intrinsics (3, 3) in pixels with KITTI's field of view."""
+    return np.array([[0.58 * width, 0, 0.5 * (width - 1)], [0, 0.58 * width, 0.48 * (height - 1)], [0, 0, 1]])
+
+
+def lidar_scan(depth: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """Points (n, 4) in the velodyne's frame: the depth at the pixels nearest to its beams in the camera's view."""
+    elevation, azimuth = np.meshgrid(np.radians(np.linspace(-24.8, 2, 64)), np.radians(np.arange(-60, 60, 0.35)))
+    u = np.rint(K[0, 0] * np.tan(azimuth) + K[0, 2]).astype(int)
+    v = np.rint(-K[1, 1] * np.tan(elevation) / np.cos(azimuth) + K[1, 2]).astype(int)
+    inside = (u >= 0) & (u < depth.shape[1]) & (v >= 0) & (v < depth.shape[0])
+    u, v = u[inside], v[inside]
+    rays = np.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones(len(u))], -1)
+    close = depth[v, u] * np.linalg.norm(rays, axis=1) <= LIDAR_RANGE
+    points = (rays[close] * depth[v, u][close, None] - LIDAR_TRANSLATION) @ LIDAR_ROTATION
+    return np.insert(points, 3, 0.3, axis=1).astype(np.float32)  # a constant reflectance
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Write an 8-bit PNG, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, compress_level=1)
+
+
+def write_calibration(day: Path, K: np.ndarray, height: int, width: int) -> None:
+    """Write KITTI's two calibration files; camera 0 coincides with camera 2."""
+    size, right = [width, height], [-BASELINE * K[0, 0], 0, 0]
+    cameras = {"S_rect_02": size, "R_rect_00": np.eye(3), "P_rect_02": np.c_[K, np.zeros(3)], "S_rect_03": size,
+               "P_rect_03": np.c_[K, right]}
+    day.mkdir(parents=True)
+    for name, entries in (("cam_to_cam", cameras), ("velo_to_cam", {"R": LIDAR_ROTATION, "T": LIDAR_TRANSLATION})):
+        lines = [f"{key}: " + " ".join(f"{v:e}" for v in np.ravel(values)) + "\n" for key, values in entries.items()]
+        (day / f"calib_{name}.txt").write_text("".join(lines))
+
+
+def render_drive(drive: Path, seed: int, frames: int, K: np.ndarray, height: int, width: int) -> None:
+    """Render a drive with both cameras, and write its images, lidar scans and poses."""
+    world, right = StreetWorld(seed), np.eye(4)
+    right[0, 3] = BASELINE
+    (drive / "velodyne_points" / "data").mkdir(parents=True)
+    poses = [world.pose(frame) for frame in range(frames)]
+    for frame, pose in enumerate(poses):
+        view, name = world.render(pose, frame, K, height, width), f"data/{frame:010d}"
+        save_image(drive / "image_02" / f"{name}.png", view["image"])
+        save_image(drive / "image_03" / f"{name}.png", world.render(pose @ right, frame, K, height, width)["image"])
+        lidar_scan(view["depth"], K).tofile(drive / "velodyne_points" / f"{name}.bin")
+    np.savetxt(drive / "poses.txt", [pose[:3].ravel() for pose in poses], fmt="%.9e")
+
+
+def render_labelled(folder: Path, seed: int, numbers: range, K: np.ndarray, height: int, width: int) -> None:
+    """Render images of one world, far apart in time, and write them with their labels under the given numbers."""
+    world = StreetWorld(seed)
+    for time, number in enumerate(numbers):
+        view = world.render(world.pose(40 * time), 40 * time, K, height, width)
+        save_image(folder / "image_2" / f"{number:06d}_10.png", view["image"])
+        save_image(folder / "semantic" / f"{number:06d}_10.png", view["label"])
+
+
+def run_job(job: partial) -> None:
+    """Call a job (a named function, as a pool of processes needs one)."""
+    job()
+
+
+def render_synthetic(root: str | Path, drives: int = 8, frames: int = 40, labelled: int = 200, height: int = 128,
+                     width: int = 416, seed: int = 0, workers: int = 2) -> None:
+    """Write the data set to `root`, which must not exist yet and appears only once everything is rendered.
+
+    The labelled images show other worlds than the drives do, ten images each. Drives count from 9001, so that none is
+    taken for one of KITTI's splits.
+    """
+    root = Path(root)
+    if root.exists():
+        raise InputError(f"{root} exists already")
+    unfinished = root.with_name(root.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    day, camera = unfinished / "2011_09_26", (camera_matrix(height, width), height, width)
+    write_calibration(day, *camera)
+    seeds = range(1000 * seed, 1000 * (seed + 1))  # drives from the first on, labelled worlds from the middle on
+    jobs = [partial(render_drive, day / f"{day.name}_drive_{9001 + i}_sync", seeds[i], frames, *camera)
+            for i in range(drives)]
+    jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i // 10],
+                     range(i, min(i + 10, labelled)), *camera) for i in range(0, labelled, 10)]
+    with get_context("fork").Pool(workers) as pool:
+        for _ in tqdm(pool.imap_unordered(run_job, jobs), total=len(jobs), desc="rendering worlds"):
+            pass
+    unfinished.rename(root)
+
+
 # ---------------------------------------------------------------------------------------------- by name
 
 CLIPS = {"kitti": KittiRaw, "synthetic": KittiRaw, "camvid": CamVidClips, "frames": Frames}
@@ -718,3 +1321,24 @@ def parse_range(text: str) -> tuple[int | None, int | None]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no range like 0:100")
     return tuple(int(part) if part else None for part in match.groups())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    render = commands.add_parser("render", help="write the synthetic street world in KITTI's layout")
+    render.add_argument("--data_path", default="data/synthetic")
+    render.add_argument("--drives", type=int, default=8, help="for pre-training, each another street")
+    render.add_argument("--frames", type=int, default=40, help="stereo pairs a drive")
+    render.add_argument("--labelled", type=int, default=200, help="labelled images, of other streets")
+    render.add_argument("--height", type=int, default=128)
+    render.add_argument("--width", type=int, default=416)
+    render.add_argument("--seed", type=int, default=0)
+    render.add_argument("--workers", type=int, default=2, help="processes")
+    args = parser.parse_args()
+    render_synthetic(args.data_path, args.drives, args.frames, args.labelled, args.height, args.width, args.seed, args.workers)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

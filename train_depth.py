@@ -197,6 +197,10 @@ def main() -> int:
     if args.task == "depth" and args.supervision == "mono":
         print("monocular video fixes depth up to one unknown scale: it has no metres")
 
+    options = {key: getattr(args, key) for key in ("task", "supervision", "encoder", "height", "width", "min_depth",
+                                                   "max_depth", "data")}
+    options["arch"] = "unet"
+
     # loop
     meter, done = Meter(), start
     batches = iter(datasets.train_loader(dataset, args, start))
@@ -229,12 +233,10 @@ def main() -> int:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch["frames"], views)
         if done % args.save_every == 0 or last:
             run.save(done, model=networks.state(model, pose), optimizer=optimizer.state_dict())
+            run.save_model({"options": {**options, "steps": done}, **networks.state(model, pose)})
         if run.stop:
             break
 
-    options = {key: getattr(args, key) for key in ("task", "supervision", "encoder", "height", "width", "min_depth",
-                                                   "max_depth", "data")}
-    run.save_model({"options": {**options, "arch": "unet", "steps": done}, **networks.state(model, pose)})
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED

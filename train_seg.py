@@ -22,6 +22,8 @@ import evaluate
 import networks
 from utils import STOPPED, InputError, Meter, Run, add_common_options, pick_device, positive_size, run_main
 
+CURVES = ("miou", "pixel_accuracy", "cross_entropy")  # logged at every evaluation (Figure 2)
+
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,7 +119,14 @@ def main() -> int:
     if absent:
         print("no training image shows " + ", ".join(absent))
 
+    options = {"task": "segmentation", "arch": args.arch, "encoder": args.encoder, "height": args.height,
+               "width": args.width, "data": args.data, "classes": list(train_set.classes),
+               "colours": [list(colour) for colour in train_set.colours]}
+
     # loop
+    if start == 0:  # where the curves begin, and every test image read once before hours are spent
+        scores = evaluate.evaluate_segmentation(model, val_set, device)
+        run.log({"step": 0, **{key: scores[key] for key in CURVES}})
     meter, done, scores = Meter(), start, {}
     batches = iter(datasets.train_loader(train_set, args, start))
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, smoothing=0.05)
@@ -147,20 +156,16 @@ def main() -> int:
             run.log({"step": done, **record, "learning_rate": rate})
         if done % args.eval_every == 0 or done == args.steps:
             scores = evaluate.evaluate_segmentation(model, val_set, device)
-            run.log({"step": done, **{key: scores[key] for key in ("miou", "pixel_accuracy", "cross_entropy")}})
+            run.log({"step": done, **{key: scores[key] for key in CURVES}})
             meter.reset()  # the time of the evaluation is not the steps'
         if step == 0 or done % args.save_every == 0 or last:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
         if done % args.save_every == 0 or last:
             run.save(done, model=networks.state(model), optimizer=optimizer.state_dict())
+            run.save_model({"options": {**options, "steps": done}, **networks.state(model)})
         if run.stop:
             break
 
-    options = {"task": "segmentation", "arch": args.arch, "encoder": args.encoder, "height": args.height,
-               "width": args.width,
-               "data": args.data, "classes": list(train_set.classes), "colours": [list(c)
-                                                                                  for c in train_set.colours], "steps": done}
-    run.save_model({"options": options, **networks.state(model)})
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
