@@ -2,8 +2,9 @@
 
     python datasets.py render --data_path data/synthetic          # write the embedded default, in KITTI's own layout
 
-Clips (pre-training): {"frames": (F, 3, H, W) uint8, target first, "K": (3, 3), "stereo_T"?: (4, 4), "depth"?: (1, H, W) metres,
-0 = no measurement, "index"}. Labelled images: {"image": (3, H, W) uint8, "label": (H, W) int64 train ids, 255 = ignore, "index"}.
+Clips (pre-training): {"frames": (F, 3, H, W) uint8, target first, "K": (3, 3), "stereo_T"?: (4, 4), "depth"?: (1, H, W)
+metres, 0 = no measurement, "index"}. Labelled images: {"image": (3, H, W) uint8, "label": (H, W) int64 train ids,
+255 = ignore, "index"}.
 `to_device` makes floats in [0, 1] of the bytes, after they have crossed to the device.
 """
 
@@ -33,14 +34,12 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 SPLITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "splits")
 
 CITYSCAPES_CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
-                      "vegetation", "terrain",
-                      "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+                      "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
+                      "bicycle")
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # raw id of each train id
 CITYSCAPES_COLOURS = ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
-                      (250, 170, 30),
-                      (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0,
-                                                                                                                   142), (0, 0, 70),
-                      (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32))
+                      (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60),
+                      (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32))
 CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
                   "bicyclist")
 CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
@@ -79,7 +78,8 @@ def read_ids(path: str) -> np.ndarray:
                 raise InputError(f"{path}: a single-channel image is expected, this one is {image.mode}")
             return np.array(image)
     except (OSError, SyntaxError) as error:
-        raise InputError(f"{path}: not a readable image ({error.strerror if isinstance(error, FileNotFoundError) else error})") from None
+        reason = error.strerror if isinstance(error, FileNotFoundError) else error
+        raise InputError(f"{path}: not a readable image ({reason})") from None
 
 
 def list_folder(path: str) -> list[str]:
@@ -120,8 +120,8 @@ def read_intrinsics(path: str) -> np.ndarray:
 
 def check_intrinsics(K: np.ndarray, width: int, height: int, path: str) -> None:
     if not np.isfinite(K).all() or min(K[0, 0], K[1, 1]) <= 1 or not (0 < K[0, 2] < width and 0 < K[1, 2] < height):
-        raise InputError(f"{path}: intrinsics must be in pixels of the {width}x{height} images (fx, fy > 1, principal point inside), not "
-                         f"fx {K[0, 0]:.4g} fy {K[1, 1]:.4g} cx {K[0, 2]:.4g} cy {K[1, 2]:.4g}")
+        raise InputError(f"{path}: intrinsics must be in pixels of the {width}x{height} images and the principal point "
+                         f"inside, not fx {K[0, 0]:.4g} fy {K[1, 1]:.4g} cx {K[0, 2]:.4g} cy {K[1, 2]:.4g}")
 
 
 def fov_intrinsics(width: int, height: int, fov: float) -> np.ndarray:
@@ -133,7 +133,7 @@ def fov_intrinsics(width: int, height: int, fov: float) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- the joint transform
 
 def resize_depth(depth: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Sparse depth (h, w) at another size: every measurement moves to the nearest new pixel, the nearest surface wins."""
+    """Sparse depth (h, w) at another size: every measurement moves to the nearest pixel, the nearest surface wins."""
     h, w = depth.shape
     rows, columns = np.nonzero(depth)
     values = depth[rows, columns]
@@ -146,7 +146,7 @@ def resize_depth(depth: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_intrinsics(K: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """K after resizing an image from (height, width) `old` to `new`; pixel centres are integers, so edges are at -0.5."""
+    """K of an image resized from (height, width) `old` to `new`; pixel centres are integers, so edges lie at -0.5."""
     K = K.copy()
     for axis, scale in ((0, new[1] / old[1]), (1, new[0] / old[0])):
         K[axis] *= scale
@@ -155,9 +155,9 @@ def resize_intrinsics(K: np.ndarray, old: tuple[int, int], new: tuple[int, int])
 
 
 def crop_and_flip(sample: dict, crop: tuple[int, int] | None, rng: np.random.Generator) -> dict:
-    """The same random crop (height, width) and horizontal flip for everything in a sample: images, K, stereo pose, depth, label.
+    """The same random crop (height, width) and horizontal flip for images, K, stereo pose, depth and label of a sample.
 
-    Works on the last two axes of every map. A flip mirrors the world: cx -> W - 1 - cx, and the other camera changes side.
+    Works on the last two axes of every map. A flip mirrors the world: cx -> W - 1 - cx, the other camera changes side.
     """
     maps = [key for key in ("frames", "image", "depth", "label") if key in sample]
     height, width = sample[maps[0]].shape[-2:]
@@ -187,13 +187,13 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def shift_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Rotate hue by `shift` turns in HSV space, without leaving RGB. images (..., 3, H, W); shift broadcasts with (..., H, W)."""
+    """Rotate hue by `shift` turns in HSV space: images (..., 3, H, W) in [0, 1], shift broadcasts with (..., H, W)."""
     red, green, blue = images.unbind(-3)
     value = images.amax(-3)
     chroma = value - images.amin(-3)
     safe = chroma.clamp(min=1e-8)
-    hue = torch.where(value == red, (green - blue) / safe, torch.where(value == green, 2 + (blue - red) / safe,
-                                                                       4 + (red - green) / safe))
+    hue = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    hue = torch.where(value == red, (green - blue) / safe, hue)
     hue = hue + 6 * shift  # in sixths of a turn
     channels = [(n + hue) % 6 for n in (5, 3, 1)]
     return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in channels], -3)
@@ -201,7 +201,7 @@ def shift_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 def color_jitter(frames: torch.Tensor, generator: torch.Generator, strength: float = 0.2, hue: float = 0.1,
                  probability: float = 0.5) -> torch.Tensor:
-    """Brightness, contrast, saturation (`strength`) and hue of half the samples; one draw a sample, the same for its frames.
+    """Brightness, contrast, saturation (`strength`) and hue of half the samples; one draw for all frames of a sample.
 
     frames: (B, F, 3, H, W) or (B, 3, H, W) in [0, 1]. For the networks only; losses see the unjittered frames.
     """
@@ -254,9 +254,9 @@ def remove_patches(images: torch.Tensor, generator: torch.Generator, kind: str =
 
 
 class StepBatches(Sampler):
-    """Batches of (index, draw) for steps `start` to `stop`: shuffled epochs end to end, every one a function of seed and step.
+    """Batches of (index, draw) for steps `start` to `stop`: shuffled epochs, every one a function of seed and step.
 
-    With no state of its own, training that continues at step k sees what it would have seen; the number of workers is irrelevant.
+    With no state of its own, a continued training sees what it would have seen, with any number of workers.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int):
@@ -291,16 +291,17 @@ def train_loader(dataset: Dataset, args: argparse.Namespace, start: int) -> Data
 class Clips(Dataset):
     """Targets with their source frames. Subclasses fill `samples` and may override `depth_map`.
 
-    Each of `samples` is a dict: "images" (paths, target first), "K" (3x3 at native size, with "K_from" naming its file),
-    "baseline" (metres to the stereo source, with sign; None without), "depth" (whatever `depth_map` understands; None without).
+    Each of `samples` is a dict: "images" (paths, target first), "K" (3x3 at native size), "K_from" (its file, for
+    messages), "baseline" (metres to the stereo source, with sign; None without), "depth" (whatever `depth_map`
+    understands; None without).
     """
 
     name = "clips"
     dropped = ""  # what was left out at the start and why, for the log
 
-    def __init__(self, samples: list[dict], height: int, width: int, augment: bool = False, crop: tuple[int,
-                                                                                                        int] | None = None,
-                 with_depth: bool = False, cache: bool = False, min_motion: float = 0):
+    def __init__(self, samples: list[dict], height: int, width: int, augment: bool = False,
+                 crop: tuple[int, int] | None = None, with_depth: bool = False, cache: bool = False,
+                 min_motion: float = 0):
         moving = [s for s in samples if motion(s["images"]) >= min_motion] if min_motion > 0 else samples
         if len(moving) < len(samples):
             self.dropped += ", " * bool(self.dropped) + f"{len(samples) - len(moving)} near-static"
@@ -309,8 +310,8 @@ class Clips(Dataset):
             raise InputError(f"no usable sample in {self.name}: {self.dropped or 'no frames found'}")
         if crop and (crop[0] > height or crop[1] > width):
             raise InputError(f"--crop {crop[0]} {crop[1]} is larger than the image ({height} x {width})")
-        self.samples, self.size, self.augment, self.crop, self.with_depth = samples, (height,
-                                                                                      width), augment, crop, with_depth
+        self.samples, self.size, self.augment, self.crop = samples, (height, width), augment, crop
+        self.with_depth = with_depth
         self.cached = {} if cache else None
 
     def __len__(self) -> int:
@@ -373,7 +374,7 @@ def velodyne_depth(points: np.ndarray, velodyne_to_camera: np.ndarray, P: np.nda
                    forward_distance: bool = False, offset: int = 0) -> np.ndarray:
     """LiDAR points projected into a camera: (h, w) metres, 0 = no measurement; the nearest point of a pixel counts.
 
-    points: (N, 4) x forward, y left, z up, reflectance; velodyne_to_camera: (4, 4) into rectified camera coordinates; P: (3, 4).
+    points: (N, 4) x forward, y left, z up, reflectance; velodyne_to_camera: (4, 4), into rectified axes; P: (3, 4).
     forward_distance: the point's velodyne x instead of camera z. offset: subtracted from rounded pixel positions.
     The published Eigen ground truth has forward distances and an offset of 1; KITTI's own depth PNGs have neither.
     """
@@ -390,14 +391,13 @@ def velodyne_depth(points: np.ndarray, velodyne_to_camera: np.ndarray, P: np.nda
 
 
 class KittiRaw(Clips):
-    """KITTI raw: `<date>/<drive>/image_0{2,3}/data/*.{png,jpg}`, calibration a date, LiDAR as velodyne .bin or depth PNG."""
+    """KITTI raw: `<date>/<drive>/image_0{2,3}/data/*.{png,jpg}`, calibration per date, LiDAR as .bin or depth PNG."""
 
     name = "kitti"
 
     def __init__(self, root: str, frame_ids: list[str], split: str | None = "train", drives: list[str] | None = None,
-                 frames: tuple[int | None, int | None] = (None,
-                                                          None), cameras: str = "lr", with_depth: bool = False,
-                                                          **options):
+                 frames: tuple[int | None, int | None] = (None, None), cameras: str = "lr", with_depth: bool = False,
+                 **options):
         self.root, self.name, self.calibrations, self.listings = root, f"kitti at {root}", {}, {}
         offsets = [int(f) for f in frame_ids if f != "s"]
         samples, lonely, blind = [], 0, 0
@@ -413,9 +413,9 @@ class KittiRaw(Clips):
                 blind += 1
             else:
                 K, baseline = self._camera(folder, side)
-                samples.append({"images": paths, "K": K, "K_from": os.path.join(root, folder[:10],
-                                                                                "calib_cam_to_cam.txt"),
-                                "baseline": baseline if "s" in frame_ids else None, "depth": depth})
+                samples.append({"images": paths, "K": K, "depth": depth,
+                                "K_from": os.path.join(root, folder[:10], "calib_cam_to_cam.txt"),
+                                "baseline": baseline if "s" in frame_ids else None})
         self.dropped = ", ".join(f"{count} without {what}" for count, what in
                                  ((lonely, "all their source frames"), (blind, "LiDAR")) if count)
         super().__init__(samples, with_depth=with_depth, **options)
@@ -426,11 +426,13 @@ class KittiRaw(Clips):
         present = [f"{date}/{drive}" for date in dates for drive in list_folder(os.path.join(self.root, date))
                    if os.path.isdir(os.path.join(self.root, date, drive, "image_02"))]
         if not present:
-            raise InputError(f"{self.root}: no KITTI drive there; expected e.g. 2011_09_26/2011_09_26_drive_0001_sync/image_02/data")
+            raise InputError(f"{self.root}: no KITTI drive there; expected e.g. "
+                             "2011_09_26/2011_09_26_drive_0001_sync/image_02/data")
         if drives:
             missing = [d for d in drives if not any(d in p for p in present)]
             if missing:
-                raise InputError(f"--drives {missing[0]}: no such drive in {self.root} (there: {', '.join(present[:4])}, ...)")
+                raise InputError(f"--drives {missing[0]}: no such drive in {self.root} "
+                                 f"(there: {', '.join(present[:4])}, ...)")
             present = [p for p in present if any(d in p for d in drives)]
         elif split and frames == (None, None):
             with open(os.path.join(SPLITS, f"eigen_{'test' if split == 'test' else f'zhou_{split}'}.txt")) as file:
@@ -465,7 +467,7 @@ class KittiRaw(Clips):
                 rectify = np.eye(4)
                 rectify[:3, :3] = values["R_rect_00"].reshape(3, 3)
             except (KeyError, ValueError) as error:
-                raise InputError(f"{file}: P_rect_02, P_rect_03, S_rect_02 and R_rect_00 are expected ({error})") from None
+                raise InputError(f"{file}: expected P_rect_02, P_rect_03, S_rect_02, R_rect_00 ({error})") from None
             self.calibrations[date] = {"P": P, "shape": shape, "rectify": rectify}
         return self.calibrations[date]
 
@@ -517,10 +519,11 @@ def natural_key(name: str) -> list:
 
 
 class Frames(Clips):
-    """One's own images: a folder, or a folder of folders, each with `intrinsics.txt` (3x3 or fx fy cx cy) and optionally `depth/`.
+    """One's own images: a folder or a folder of folders, each with `intrinsics.txt` (3x3 or fx fy cx cy).
 
-    Numeric order; frames are neighbours when their numbers are one usual step apart. Images may also lie in `frames/` or `images/`.
-    Without intrinsics.txt, K follows from `fov`, the horizontal field of view in degrees. depth/NAME.png: 16 bits, metres * depth_scale.
+    Numeric order; frames are neighbours when their numbers are one usual step apart. intrinsics.txt may also lie one
+    folder above; without it, K follows from `fov`, the horizontal field of view in degrees. Measured depth is
+    `depth/NAME.png`, 16 bits, metres * depth_scale.
     """
 
     name = "frames"
@@ -531,7 +534,8 @@ class Frames(Clips):
         if "s" in frame_ids:
             raise InputError("--supervision stereo needs a stereo data set; own frames are monocular")
         if os.path.isfile(root):
-            raise InputError(f"{root} is a file; make frames of a video first: ffmpeg -i {os.path.basename(root)} -qscale:v 2 frames/%06d.jpg")
+            raise InputError(f"{root} is a file; make frames of a video first: "
+                             f"ffmpeg -i {os.path.basename(root)} -qscale:v 2 frames/%06d.jpg")
         offsets = [int(f) for f in frame_ids]
         samples, lonely, blind = [], 0, 0
         for folder, paths in self._sequences(root, drives):
@@ -555,21 +559,21 @@ class Frames(Clips):
     def _sequences(self, root: str, drives: list[str] | None) -> list[tuple[str, list[str]]]:
         """(folder, image paths in numeric order) of every sequence below root."""
         sequences = []
-        for folder in [root] + [os.path.join(root, name) for name in list_folder(root)
-                                if os.path.isdir(os.path.join(root, name))]:
+        below = [os.path.join(root, name) for name in list_folder(root)]
+        for folder in [root, *filter(os.path.isdir, below)]:
             if os.path.basename(folder) == "depth" or (drives and os.path.basename(folder) not in drives):
                 continue
             names = sorted([n for n in list_folder(folder) if n.lower().endswith(IMAGE_EXTENSIONS)], key=natural_key)
             if names:
                 sequences.append((folder, [os.path.join(folder, n) for n in names]))
         if not sequences:
-            raise InputError(f"{root}: no {', '.join(IMAGE_EXTENSIONS)} images there or in its folders" + (f" {drives}"
-                                                                                                           if drives else ""))
+            raise InputError(f"{root}: no {', '.join(IMAGE_EXTENSIONS)} images there or in its folders"
+                             + (f" {', '.join(drives)}" if drives else ""))
         return sequences
 
     @staticmethod
     def _numbers(paths: list[str]) -> tuple[int, list[int]]:
-        """The usual step between frame numbers, and the numbers: the last digits of the names, or positions if a name has none."""
+        """The usual step between frame numbers, and the numbers: the last digits of the names, else positions."""
         found = [re.findall(r"\d+", os.path.splitext(os.path.basename(p))[0]) for p in paths]
         numbers = [int(f[-1]) for f in found] if all(found) else list(range(len(paths)))
         steps = [b - a for a, b in pairwise(numbers) if b > a]
@@ -582,7 +586,8 @@ class Frames(Clips):
             if os.path.isfile(path):
                 return read_intrinsics(path), path
         if fov is None:
-            raise InputError(f"{folder}: no intrinsics.txt (3x3 or fx fy cx cy); give the horizontal field of view instead: --fov 60")
+            raise InputError(f"{folder}: no intrinsics.txt (3x3 or fx fy cx cy); "
+                             "give the horizontal field of view instead: --fov 60")
         height, width = read_image(first).shape[1:]
         return fov_intrinsics(width, height, fov), f"--fov {fov}"
 
@@ -591,7 +596,7 @@ class Frames(Clips):
 
 
 class CamVidClips(Frames):
-    """CamVid's consecutive frames (the `val` folder, 15 Hz) as clips; its intrinsics are not published, so `fov` is needed."""
+    """CamVid's consecutive frames (`val`, 15 Hz) as clips; its intrinsics are not published, so `fov` is needed."""
 
     def __init__(self, root: str, *args, **options):
         super().__init__(os.path.join(root, "val"), *args, **options)
@@ -607,8 +612,8 @@ def lookup_table(ids: dict[int, int]) -> np.ndarray:
     return table
 
 
-CITYSCAPES_TABLE = lookup_table({**{raw: IGNORE for raw in (*range(34), 255)}, **{raw: i for i,
-                                                                                  raw in enumerate(CITYSCAPES_IDS)}})
+CITYSCAPES_TABLE = lookup_table({**dict.fromkeys((*range(34), 255), IGNORE),
+                                 **{raw: train for train, raw in enumerate(CITYSCAPES_IDS)}})
 CAMVID_TABLE = lookup_table({**{i: i for i in range(11)}, 11: IGNORE})
 
 
@@ -642,7 +647,8 @@ class Labelled(Dataset):
         if index not in self.cached:
             image, label = read_image(self.pairs[index][0]), self.native_label(index)
             if image.shape[1:] != label.shape:
-                raise InputError(f"{self.pairs[index][1]}: label is {tuple(label.shape)}, its image {tuple(image.shape[1:])}")
+                raise InputError(f"{self.pairs[index][1]}: label is {tuple(label.shape)}, "
+                                 f"its image {tuple(image.shape[1:])}")
             # nearest-exact takes the pixel at the new pixel's centre; any interpolation would invent ids
             label = F.interpolate(label[None, None].to(torch.uint8), self.size, mode="nearest-exact")[0, 0]
             self.cached[index] = resize(image, list(self.size), antialias=True), label
@@ -666,7 +672,7 @@ def draw_training_set(pool: list, train_size: int | None, split_seed: int) -> li
 class KittiSemantics(Labelled):
     """KITTI's labelled images, `training/image_2` and `training/semantic`, 19 Cityscapes classes.
 
-    A fixed 36 % (72 of the 200) are for evaluation, whatever the training set; training images are drawn from the others.
+    A fixed 36 % (72 of the 200) are for evaluation, whatever the training set, which is drawn from the others.
     """
 
     classes, colours, table = CITYSCAPES_CLASSES, CITYSCAPES_COLOURS, CITYSCAPES_TABLE
@@ -700,11 +706,11 @@ class CamVid(Labelled):
 
 # ---------------------------------------------------------------------------------------------- the synthetic world
 #
-# A procedural street, ray cast in numpy. World and camera axes are those of KITTI's cameras: x right, y down, z forward,
-# in metres; the ground is y = 0. Every object (a house, a tree, a car) has an anchor frame on the street and consists of
-# solids: frustums (boxes whose top may be smaller than their bottom), upright cylinders and ellipsoids. Surfaces are
-# Lambertian, with textures fixed to the anchor frames, so a point keeps its colour from frame to frame and from camera to
-# camera.
+# A procedural street, ray cast in numpy. World and camera axes are those of KITTI's cameras: x right, y down, z
+# forward, in metres; the ground is y = 0. Every object (a house, a tree, a car) has an anchor frame on the street and
+# consists of solids: frustums (boxes whose top may be smaller than their bottom), upright cylinders and ellipsoids.
+# Surfaces are Lambertian, with textures fixed to the anchor frames, so a point keeps its colour from frame to frame and
+# from camera to camera.
 
 ROAD, SIDEWALK, BUILDING, POLE, VEGETATION, TERRAIN, SKY, CAR = 7, 8, 11, 17, 21, 22, 23, 26  # KITTI's raw ids
 MATERIALS = {"wall": BUILDING, "roof": BUILDING, "metal": POLE, "sign": POLE, "bark": VEGETATION,
@@ -1311,7 +1317,7 @@ def find_data(name: str, path: str | None, known: dict) -> tuple[type, str]:
     if name == "synthetic" and not os.path.exists(path):
         render_synthetic(path)
     if not os.path.exists(path):
-        raise InputError(f"{path}: no such folder; give the root of {name} with --data_path (README, \"Data\", shows its layout)")
+        raise InputError(f"{path}: no such folder; give the root of {name} with --data_path (README, Data: its layout)")
     return known[name], path
 
 
@@ -1336,7 +1342,8 @@ def main() -> int:
     render.add_argument("--seed", type=int, default=0)
     render.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.parse_args()
-    render_synthetic(args.data_path, args.drives, args.frames, args.labelled, args.height, args.width, args.seed, args.workers)
+    render_synthetic(args.data_path, args.drives, args.frames, args.labelled, args.height, args.width, args.seed,
+                     args.workers)
     return 0
 
 

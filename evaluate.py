@@ -1,6 +1,6 @@
 """Evaluate and look: depth and segmentation metrics, pictures of any image, tables of many runs.
 
-    python evaluate.py depth --weights runs/NAME --data kitti --frames 105:144     # or the Eigen split, without --frames
+    python evaluate.py depth --weights runs/NAME --data kitti --frames 105:144   # without --frames the Eigen split
     python evaluate.py seg --weights runs/NAME --data camvid
     python evaluate.py predict --weights runs/NAME street.jpg folder/ --output predictions
     python evaluate.py tables --log_dir runs
@@ -58,7 +58,8 @@ def evaluate_depth_image(inverse_depth: np.ndarray, measured: np.ndarray, scale:
     """Eigen protocol for one image.
 
     inverse_depth: (h, w) 1 / metres (or up to scale), of any size; measured: (H, W) metres, 0 = no measurement.
-    scale: "median" (ratio of medians) or a factor that makes metres of the prediction. Without the crop, every measured pixel counts.
+    scale: "median" (ratio of medians) or a factor that makes metres of the prediction. Without the crop, every measured
+    pixel counts.
     Returns the seven metrics, "ratio" (of medians), "scale" (used) and "pixels"; empty when nothing was measured.
     """
     H, W = measured.shape
@@ -88,7 +89,10 @@ def summarise_depth(rows: list[dict]) -> dict[str, float]:
 
 
 def constant_depth(maps: list[np.ndarray]) -> np.ndarray:
-    """The best constant picture: per-pixel median of measured depth maps (H, W), gaps filled along the row, empty rows from below."""
+    """The best constant picture: per-pixel median of measured depth maps (H, W).
+
+    Gaps are filled along the row, rows without any measurement from the nearest row that has one.
+    """
     stacked = np.stack(maps).astype(np.float32)
     stacked[stacked == 0] = np.nan
     filled = np.isfinite(stacked).any(0)
@@ -124,7 +128,7 @@ def confusion_matrix(label: torch.Tensor, prediction: torch.Tensor, classes: int
 
 
 def segmentation_scores(confusion: torch.Tensor) -> dict:
-    """mIoU and pixel accuracy in percent over a whole data set; classes that occur in neither map are left out of the mean."""
+    """mIoU and pixel accuracy in percent over a whole data set; classes that occur in neither map do not count."""
     counts = confusion.double()
     correct = counts.diag()
     union = counts.sum(0) + counts.sum(1) - correct
@@ -134,7 +138,7 @@ def segmentation_scores(confusion: torch.Tensor) -> dict:
 
 
 def release_score(label: torch.Tensor, prediction: torch.Tensor) -> float:
-    """One image as the authors' release scores it: mean IoU in percent over 7 classes, for comparison with the paper's numbers.
+    """One image as the authors' release scores it, to compare with the paper: mean IoU in percent over 7 classes.
 
     Predictions on unlabelled pixels count as false positives, and a class that is predicted but absent scores 0.
     """
@@ -151,8 +155,8 @@ def evaluate_segmentation(model: torch.nn.Module, dataset: datasets.Labelled, de
                           batch_size: int = 8) -> dict:
     """Scores of a segmenter on every image, at the labels' native size.
 
-    Returns "miou" and "pixel_accuracy" in percent, "iou" by class name, "cross_entropy" in nats per pixel (the paper's proxy of
-    H(y|h), Eq. 3), and for the 19 Cityscapes classes "release_miou". The model's mode is restored.
+    Returns "miou" and "pixel_accuracy" in percent, "iou" by class name, "cross_entropy" in nats per pixel (the paper's
+    proxy of H(y|h), Eq. 3), and for the 19 Cityscapes classes "release_miou". The model's mode is restored.
     """
     classes = len(dataset.classes)
     modes = [(module, module.training) for module in model.modules()]
@@ -231,7 +235,7 @@ def test_clips(args: argparse.Namespace, frames: tuple, height: int, width: int)
 
 
 def ground_truth(dataset: datasets.KittiRaw, kind: str) -> tuple[str, list]:
-    """Which measurement counts for each sample: ("velodyne_x", the published protocol, or "z"), and the samples' depth entries."""
+    """What counts, "velodyne_x" (the published protocol) or "z", and what `depth_map` is to read for each sample."""
     raw = []
     for sample in dataset.samples:
         image = sample["images"][0]
@@ -241,7 +245,8 @@ def ground_truth(dataset: datasets.KittiRaw, kind: str) -> tuple[str, list]:
     if kind == "z" or (kind == "auto" and None in raw):
         return "z", [sample["depth"] for sample in dataset.samples]
     if None in raw:
-        raise InputError(f"--ground_truth velodyne_x: {raw.count(None)} of {len(raw)} frames have no velodyne .bin; use --ground_truth z")
+        raise InputError(f"--ground_truth velodyne_x: {raw.count(None)} of {len(raw)} frames have no velodyne .bin; "
+                         "use --ground_truth z")
     return "velodyne_x", raw
 
 
@@ -254,7 +259,10 @@ def depth_command(args: argparse.Namespace) -> int:
         shape = dataset.depth_map(dataset.samples[0]["depth"]).shape
         maps = [training.depth_map(s["depth"]) for s in training.samples]
         picture = constant_depth([m for m in maps if m.shape == shape])
-        predict, scale, what = (lambda sample: 1 / picture), args.scale or 1.0, f"constant picture of {len(maps)} frames"
+        scale, what = args.scale or 1.0, f"constant picture of {len(maps)} frames"
+
+        def predict(sample: dict) -> np.ndarray:
+            return 1 / picture
     else:
         model, options = networks.load_model(args.weights)
         if options["task"] != "depth":
@@ -266,8 +274,8 @@ def depth_command(args: argparse.Namespace) -> int:
 
         def predict(sample: dict) -> np.ndarray:
             disparity = model(sample["frames"][None, 0].to(device).float() / 255)[0].sigmoid()
-            return (1 / losses.disparity_to_depth(disparity, options["min_depth"], options["max_depth"]))[0,
-                                                                                                          0].cpu().numpy()
+            depth = losses.disparity_to_depth(disparity, options["min_depth"], options["max_depth"])
+            return (1 / depth)[0, 0].cpu().numpy()
         what = args.weights
 
     kind, entries = ground_truth(dataset, args.ground_truth)
@@ -283,7 +291,8 @@ def depth_command(args: argparse.Namespace) -> int:
     result = {**summarise_depth(rows), "ground_truth": kind, "scale": scale, "crop": "none" if args.no_crop else "garg",
               "cap": args.max_eval}
     scaling = "median scaling" if scale == "median" else f"factor {scale:g}, no median scaling"
-    print(f"{what}: {len(rows)} images of {dataset.name}; ground truth {kind}, {scaling}, cap {args.max_eval:g} m, crop {result['crop']}")
+    print(f"{what}: {len(rows)} images of {dataset.name}; ground truth {kind}, {scaling}, cap {args.max_eval:g} m, "
+          f"crop {result['crop']}")
     print("  ".join(f"{key:>8}" for key in DEPTH_METRICS))
     print("  ".join(f"{result[key]:8.4f}" for key in DEPTH_METRICS))
     print(f"ratio of medians: median {result['ratio_median']:.3f}, relative deviation {result['ratio_deviation']:.3f}")
@@ -307,9 +316,9 @@ def seg_command(args: argparse.Namespace) -> int:
     if list(dataset.classes) != list(options["classes"]):
         raise InputError(f"{args.weights} knows the classes {', '.join(options['classes'])}; {args.data} has others")
     scores = evaluate_segmentation(model.to(device), dataset, device)
-    print(f"{args.weights}: {len(dataset)} images, mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} %, "
-          f"{scores['cross_entropy']:.3f} nats per pixel" + (f", release's 7-class mIoU {scores['release_miou']:.2f} %"
-                                                             if "release_miou" in scores else ""))
+    release = f", the release's 7-class mIoU {scores['release_miou']:.2f} %" if "release_miou" in scores else ""
+    print(f"{args.weights}: {len(dataset)} images, mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} "
+          f"%, {scores['cross_entropy']:.3f} nats per pixel{release}")
     for name, value in scores["iou"].items():
         print(f"  {name:16} {value:6.2f}")
     if args.output:
@@ -374,30 +383,29 @@ def tables_command(args: argparse.Namespace) -> int:
         with open(result) as file, open(arguments) as other:
             result, options = json.load(file), json.load(other)["options"]
         if "miou" in result:
-            key = (options["data"], options["encoder"], options["train_size"], "frozen" if options["freeze_encoder"]
-                   else "all",
-                   result["pretraining"] + (" (encoder)" if result["pretraining"].startswith(("Depth",
-                                                                                              "Reconstruction"))
-                                            and options["init_parts"] == "encoder" else ""))
+            pretraining = result["pretraining"]
+            if options["init_parts"] == "encoder" and pretraining.startswith(("Depth", "Reconstruction")):
+                pretraining += ", encoder only"
+            key = (options["data"], options["encoder"], options["train_size"] or "all",
+                   "frozen" if options["freeze_encoder"] else "all", pretraining)
             groups.setdefault(key, []).append(result)
     if not groups:
         raise InputError(f"{args.log_dir}: no finished fine-tuning there yet")
     order = ["None", "ImageNet", "Flow", "Reconstruction", "Depth"]
 
     def rank(key: tuple) -> tuple:
-        return key[:4], next((i for i, p in enumerate(order) if key[4].startswith(p)), len(order)), key[4]
+        place = next((i for i, name in enumerate(order) if key[4].startswith(name)), len(order))
+        return [str(k) for k in key[:4]], place, key[4]
 
-    print("| data | encoder | images | fine-tuned | pre-training | runs | mIoU % | P.Acc % | nats / pixel |\n|---|---|---|---|---|---|---|---|---|")
+    print("| data | encoder | images | fine-tuned | pre-training | runs | mIoU % | P.Acc % | nats / pixel |")
+    print("|---" * 9 + "|")
     for key in sorted(groups, key=rank):
-        runs = groups[key]
-        data, encoder, size, tuned, pretraining = key
-        cells = []
+        cells = [*map(str, key), str(len(groups[key]))]
         for metric, digits in (("miou", 2), ("pixel_accuracy", 2), ("cross_entropy", 3)):
-            values = np.array([r[metric] for r in runs])
-            cells.append(f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1
-                                                          else ""))
-        print(f"| {data} | {encoder} | {size or 'all'} | {tuned} | {pretraining} | {len(runs)} | " + " | ".join(cells)
-              + " |")
+            values = np.array([result[metric] for result in groups[key]])
+            deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.{digits}f}{deviation}")
+        print(f"| {' | '.join(cells)} |")
     return 0
 
 
@@ -412,8 +420,8 @@ def main() -> int:
     depth = commands.add_parser("depth", help="the Eigen protocol's seven metrics against LiDAR")
     which = depth.add_mutually_exclusive_group(required=True)
     which.add_argument("--weights", help="run folder, model.pt or Monodepth2 folder")
-    which.add_argument("--baseline",
-                       action="store_true", help="evaluate the best constant picture: per-pixel median of --train_frames' LiDAR")
+    which.add_argument("--baseline", action="store_true",
+                       help="evaluate the best constant picture instead: the per-pixel median of --train_frames' LiDAR")
     depth.add_argument("--data", default="kitti")
     depth.add_argument("--data_path")
     depth.add_argument("--drives", nargs="+", metavar="NAME")

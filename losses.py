@@ -1,8 +1,8 @@
 """Losses as pure functions: view synthesis, photometric error, smoothness, supervised depth, flow, reconstruction.
 
-Conventions: images (B, 3, H, W) in [0, 1]; depth (B, 1, H, W) is camera z; disparity is the network's sigmoid in (0, 1);
-K (B, 3, 3) in pixels with the first pixel's centre at (0, 0); T (B, 4, 4) maps target-camera points to source-camera points.
-Every `grid_sample` uses align_corners=True, which is what pixel centres on integers mean.
+Conventions: images (B, 3, H, W) in [0, 1]; depth (B, 1, H, W) is camera z; disparity is the network's sigmoid in
+(0, 1); K (B, 3, 3) in pixels with the first pixel's centre at (0, 0); T (B, 4, 4) maps target-camera points to
+source-camera points. Every `grid_sample` uses align_corners=True, which is what pixel centres on integers mean.
 """
 
 import torch
@@ -65,11 +65,11 @@ def sample(image: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, tor
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True), inside
 
 
-def synthesize(source: torch.Tensor, depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor,
-                                                                                                     torch.Tensor]:
+def synthesize(source: torch.Tensor, depth: torch.Tensor, K: torch.Tensor,
+               T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """View synthesis: the target view painted with the source's colours, (B, 3, H, W).
 
-    Also returns where that colour means something (B, 1, H, W) bool: in front of the source camera and inside its image.
+    Also returns where that colour means something (B, 1, H, W) bool: in front of the source camera and in its image.
     """
     pixels, z = project(depth, K, T)
     warped, inside = sample(source, pixels)
@@ -85,7 +85,7 @@ def box3(x: torch.Tensor) -> torch.Tensor:
 
 
 def local_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Padded map, 3x3 mean and 3x3 variance: of a target they are needed once, however many views are compared with it."""
+    """Padded map, 3x3 mean and variance: of a target they are needed once, however many views are compared with it."""
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
     mean = box3(padded) / 9
     return padded, mean, box3(padded * padded) / 9 - mean * mean
@@ -114,10 +114,11 @@ def photometric_error(prediction: torch.Tensor, target: torch.Tensor, target_sta
 
 def smoothness(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """Edge-aware first-order smoothness: gradients of `values` (B, C, H, W), damped where the image has edges."""
-    dx = (values[..., :-1] - values[..., 1:]).abs() * (-(image[..., :-1] - image[..., 1:]).abs().mean(1,
-                                                                                                      keepdim=True)).exp()
-    dy = ((values[:, :, :-1] - values[:, :, 1:]).abs()
-          * (-(image[:, :, :-1] - image[:, :, 1:]).abs().mean(1, keepdim=True)).exp())
+    def edge_weight(difference: torch.Tensor) -> torch.Tensor:
+        return (-difference.abs().mean(1, keepdim=True)).exp()
+
+    dx = (values[..., :-1] - values[..., 1:]).abs() * edge_weight(image[..., :-1] - image[..., 1:])
+    dy = (values[:, :, :-1] - values[:, :, 1:]).abs() * edge_weight(image[:, :, :-1] - image[:, :, 1:])
     return dx.mean() + dy.mean()
 
 
@@ -158,8 +159,9 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
 
     photometric, smooth, views = [], [], {}
     for scale, disparity in enumerate(disparities):
-        full = disparity if scale == 0 else F.interpolate(disparity, target.shape[2:], mode="bilinear",
-                                                          align_corners=False)
+        full = disparity
+        if scale > 0:
+            full = F.interpolate(disparity, target.shape[2:], mode="bilinear", align_corners=False)
         depth = disparity_to_depth(full, min_depth, max_depth)
         warped, valid = zip(*[synthesize(source, depth, K, T) for source, T in zip(sources, poses)])
         errors = [photometric_error(view, target, statistics, ssim) for view in warped]
@@ -222,7 +224,7 @@ def scale_shift_invariant_loss(prediction: torch.Tensor, target: torch.Tensor, v
 def flow_loss(flows: list[torch.Tensor], pyramid: list[torch.Tensor], source: torch.Tensor,
               smoothness_weight: float = 2.0,
               mask_outside: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Optical flow baseline (Section 4.1): photometric error of the source warped by the flow, and edge-aware smoothness.
+    """Optical flow baseline (Section 4.1): photometric error of the source warped by the flow, edge-aware smoothness.
 
     flows: (B, 2, H / 2^s, W / 2^s) in pixels of their own scale, from target to source; scale weights 1 / 2^s.
     Returns terms "loss", "photometric", "smoothness", "outside" and the finest scale's "flow" and "warped".

@@ -1,7 +1,8 @@
-"""Networks: ResNet encoder, U-Net decoder with exchangeable heads, pose network, siamese flow network, and weights from elsewhere.
+"""Networks: ResNet encoder, U-Net decoder with exchangeable heads, pose and flow networks, weights from elsewhere.
 
 Parameter names follow Monodepth2's published checkpoints, so that its folders load as they are:
-`encoder.pth` -> `model.encoder`, `depth.pth` -> `model.decoder`, `pose_encoder.pth` / `pose.pth` -> `PoseNet.encoder` / `.decoder`.
+`encoder.pth` -> `model.encoder`, `depth.pth` -> `model.decoder`, `pose_encoder.pth` -> `PoseNet.encoder`,
+`pose.pth` -> `PoseNet.decoder`.
 
     model = networks.build("unet", "resnet18", channels=19)       # a segmenter: logits at the finest scale
     print(networks.load_weights(model, "runs/depth/model.pt"))    # encoder 120/120, decoder 20/22: head replaced
@@ -83,8 +84,8 @@ class DepthDecoder(nn.Module):
         for level in range(4, -1, -1):
             below = encoder_channels[4] if level == 4 else DECODER_CHANNELS[level + 1]
             skip = encoder_channels[level - 1] if level > 0 else 0
-            blocks += [ConvBlock(below, DECODER_CHANNELS[level]), ConvBlock(DECODER_CHANNELS[level] + skip,
-                                                                            DECODER_CHANNELS[level])]
+            blocks += [ConvBlock(below, DECODER_CHANNELS[level]),
+                       ConvBlock(DECODER_CHANNELS[level] + skip, DECODER_CHANNELS[level])]
         heads = [Conv3x3(DECODER_CHANNELS[scale], channels) for scale in self.scales]
         self.decoder = nn.ModuleList(blocks + heads)
 
@@ -135,7 +136,7 @@ class FlowNet(nn.Module):
 
 
 class PoseDecoder(nn.Module):
-    """features: the last map of a pose encoder (B, C, h, w). Returns axis-angle and translation, each (B, predictions, 3)."""
+    """From the last map of a pose encoder (B, C, h, w), axis-angle and translation: each (B, predictions, 3)."""
 
     def __init__(self, in_channels: int, predictions: int = 2):
         super().__init__()
@@ -213,7 +214,7 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
             raise InputError(f"{path} holds neither model.pt nor encoder.pth")
         extra = {key: parts["encoder"].pop(key) for key in ("height", "width", "use_stereo") if key in parts["encoder"]}
         first_block = parts["encoder"].get("encoder.layer1.0.conv1.weight", torch.empty(0, 0, 3, 3))
-        options = {"task": "depth", "arch": "unet", "encoder": "resnet50" if first_block.shape[-1] == 1 else "resnet18",
+        options = {"task": "depth", "supervision": "Monodepth2", "arch": "unet", "encoder": "resnet50" if first_block.shape[-1] == 1 else "resnet18",
                    "min_depth": 0.1, "max_depth": 100.0, "height": 192, "width": 640, **extra}
         return "Monodepth2 folder", parts, options
     content = read_file(path)
@@ -237,7 +238,10 @@ def imagenet_checkpoint(encoder: str) -> tuple[str, dict, dict]:
 
 
 def fit(module: nn.Module, state: dict, name: str, path: str) -> str:
-    """Load one part strictly; only heads of another shape may stay as they are. Returns e.g. "decoder 20/22: head replaced"."""
+    """Load one part strictly; only heads of another shape may stay as they are.
+
+    Returns what was taken, e.g. "decoder 20/22: head replaced".
+    """
     own = module.state_dict()
     heads = {f"decoder.{i}." for i in range(10, 14)} if isinstance(module, DepthDecoder) else set()
 
@@ -266,7 +270,7 @@ def load_weights(model: nn.Module, path: str, parts: str = "all", pose: nn.Modul
     Raises InputError naming the first mismatches when a part does not fit.
     """
     source, state, _ = imagenet_checkpoint(model.encoder.name) if path == "imagenet" else read_checkpoint(path)
-    if path == "imagenet" and pose is not None:  # the pose network starts there too, its first layer shared by both frames
+    if path == "imagenet" and pose is not None:  # the pose network starts there too, both frames with the same filters
         pose_state = imagenet_checkpoint(pose.encoder.name)[1]["encoder"]
         pose_state["encoder.conv1.weight"] = torch.cat([pose_state["encoder.conv1.weight"]] * 2, 1) / 2
         fit(pose.encoder, pose_state, "pose_encoder", path)
@@ -281,8 +285,8 @@ def load_weights(model: nn.Module, path: str, parts: str = "all", pose: nn.Modul
     else:
         taken.append("decoder fresh")
     if pose is not None and "pose" in state:
-        taken += [fit(pose.encoder, state["pose_encoder"], "pose_encoder", path), fit(pose.decoder, state["pose"],
-                                                                                      "pose", path)]
+        taken += [fit(pose.encoder, state["pose_encoder"], "pose_encoder", path),
+                  fit(pose.decoder, state["pose"], "pose", path)]
     return f"{source}: " + ", ".join(taken)
 
 

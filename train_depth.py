@@ -1,7 +1,7 @@
 """Pre-train on geometry: depth from video, stereo or LiDAR (Eq. 1), and the paper's flow and reconstruction baselines.
 
     python train_depth.py                                            # the synthetic street world, rendered when missing
-    python train_depth.py --data kitti --supervision mono+stereo     # the paper's KITTI pre-training, data in data/kitti
+    python train_depth.py --data kitti --supervision mono+stereo     # the paper's KITTI pre-training, in data/kitti
     python train_depth.py --data frames --data_path my_video --fov 60
     python train_depth.py --task flow --learning_rate 5e-5 --batch_size 8
 
@@ -28,14 +28,15 @@ def parse_options() -> argparse.Namespace:
     group = parser.add_argument_group("what to learn")
     group.add_argument("--task", choices=("depth", "flow", "reconstruction"), default="depth")
     group.add_argument("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
-                       help="of --task depth: neighbouring frames, the other camera, both, or measured depth (LiDAR, RGB-D)")
+                       help="of --task depth: neighbouring frames, the other camera, both, or measured depth")
     group.add_argument("--frame_ids", type=int, nargs="+", default=None,
                        help="target, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
     group.add_argument("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
                        help="of each drive or folder only frames A to B - 1")
     group.add_argument("--min_motion", type=float, default=0, metavar="X",
-                       help="leave out targets that differ from a source frame by less than X on average, of 255 (try 2: a camera that stands)")
+                       help="leave out targets that differ from a source frame by less than X on average, of 255 "
+                            "(try 2 where the camera stands still)")
     group.add_argument("--fov", type=float,
                        help="horizontal field of view in degrees, where the images come without intrinsics")
     group.add_argument("--depth_scale", type=float, default=1000, help="of --data frames: depth PNG value of one metre")
@@ -63,7 +64,7 @@ def parse_options() -> argparse.Namespace:
                        action="store_true", help="train on pixels that an unmoved source explains as well")
     group.add_argument("--average_sources", action="store_true", help="mean error over sources instead of the minimum")
     group.add_argument("--patches", choices=("patches", "rectangles"), default="rectangles",
-                       help="of --task reconstruction: what is removed; the paper's rectangles, or the release's 7x7 patches")
+                       help="what --task reconstruction removes: the paper's rectangles, the release's 7x7 patches")
     add_common_options(parser)
     args = parser.parse_args()
 
@@ -84,7 +85,8 @@ def parse_options() -> argparse.Namespace:
     if args.smoothness is None:
         args.smoothness = 2.0 if args.task == "flow" else 1e-3
     kind = args.supervision if args.task == "depth" else args.task
-    args.name = args.name or f"{kind}_{args.data}_{args.encoder}_{args.init if args.init in ('none', 'imagenet') else 'init'}_seed{args.seed}"
+    init = args.init if args.init in ("none", "imagenet") else "init"
+    args.name = args.name or f"{kind}_{args.data}_{args.encoder}_{init}_seed{args.seed}"
     positive_size(args)
     return args
 
@@ -109,8 +111,8 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
         removed = datasets.remove_patches(target, generator, args.patches)
         pyramid = losses.image_pyramid(target)
         images = [out.sigmoid() for out in model(target.masked_fill(removed, 0.45))]  # 0.45 is zero after normalisation
-        return {"loss": losses.reconstruction_loss(images, pyramid, removed)}, {"removed": removed,
-                                                                                "reconstruction": images[0].detach()}
+        loss = losses.reconstruction_loss(images, pyramid, removed)
+        return {"loss": loss}, {"removed": removed, "reconstruction": images[0].detach()}
 
     if args.task == "flow":
         flows = model(jittered[:, 0], jittered[:, 1])
@@ -138,7 +140,7 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
 
 
 def save_pictures(path: str, frames: torch.Tensor, views: dict, count: int = 4) -> None:
-    """Rows of: target, and what the task makes of it (depth, warped source, mask; flow, warped; removed, reconstruction)."""
+    """Columns: target, then depth, warped source and mask; or flow and warped; or removed and reconstructed."""
     columns = [frames[:count, 0]]
     if "depth" in views:
         columns.append(evaluate.colour_depth(views["depth"][:count]))
@@ -191,18 +193,19 @@ def main() -> int:
     what = f"depth ({args.supervision})" if args.task == "depth" else args.task
     print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}"
           + (f" (left out: {dataset.dropped})" * bool(dataset.dropped)))
-    print(f"{args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {taken}; {args.width}x{args.height}, batch "
-          f"{args.batch_size}, {args.steps} steps = {args.steps * args.batch_size / len(dataset):.1f} epochs on {device}"
+    print(f"{args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {taken}; "
+          f"{args.width}x{args.height}, batch {args.batch_size}, {args.steps} steps = "
+          f"{args.steps * args.batch_size / len(dataset):.1f} epochs on {device}"
           + (f"; continues at step {start}" if start else ""))
     if args.task == "depth" and args.supervision == "mono":
         print("monocular video fixes depth up to one unknown scale: it has no metres")
 
-    options = {key: getattr(args, key) for key in ("task", "supervision", "encoder", "height", "width", "min_depth",
-                                                   "max_depth", "data")}
+    kept = ("task", "supervision", "encoder", "height", "width", "min_depth", "max_depth", "data")
+    options = {key: getattr(args, key) for key in kept}
     options["arch"] = "unet"
 
     # loop
-    meter, done = Meter(), start
+    meter, done, record = Meter(), start, {}
     batches = iter(datasets.train_loader(dataset, args, start))
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, smoothing=0.05)
     for step in progress:
@@ -220,9 +223,8 @@ def main() -> int:
         meter.add(terms, waited)
         done = step + 1
         last = done == args.steps or run.stop
-        if device.type == "cpu" or last or done % min(args.log_every,
-                                                      args.save_every) == 0:  # on a GPU asking means waiting
-            meter.check(done, batch["index"])
+        if device.type == "cpu" or last or done % args.log_every == 0 or done % args.save_every == 0:
+            meter.check(done, batch["index"])  # on a GPU not at every step, as asking means waiting
         optimizer.step()
 
         if done % args.log_every == 0 or last:
@@ -234,7 +236,7 @@ def main() -> int:
         if done % args.save_every == 0 or last:
             run.save(done, model=networks.state(model, pose), optimizer=optimizer.state_dict())
             run.save_model({"options": {**options, "steps": done}, **networks.state(model, pose)})
-        if run.stop:
+        if last:
             break
 
     if done < args.steps:

@@ -1,8 +1,8 @@
 """Fine-tune for semantic segmentation from any initialisation (Eq. 2), few-shot by default.
 
     python train_seg.py                                                       # synthetic street world, random weights
-    python train_seg.py --data kitti --init runs/stereo_kitti --train_size 16 # all of a depth network but its last layer
-    python train_seg.py --data camvid --init runs/stereo_kitti --init_parts encoder --freeze_encoder
+    python train_seg.py --data kitti --init runs/NAME --train_size 16   # all of a depth network but its last layer
+    python train_seg.py --data camvid --init runs/NAME --init_parts encoder --freeze_encoder
     python train_seg.py --data kitti --init imagenet
 
 Weights, options, log, pictures and scores go to runs/<name>/. The same command again continues where it stopped.
@@ -30,7 +30,7 @@ def parse_options() -> argparse.Namespace:
     group = parser.add_argument_group("what to learn")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.LABELLED)}")
     group.add_argument("--train_size",
-                       type=int, help="labelled images to train on, drawn at random (paper: 16; default: all there are)")
+                       type=int, help="labelled images to train on, drawn at random (paper: 16; default: all)")
     group.add_argument("--split_seed",
                        type=int, default=0, help="of that draw; the images for evaluation are always the same")
     group = parser.add_argument_group("network")
@@ -42,7 +42,7 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--init_parts", choices=("encoder", "all"), default="all",
                        help="what --init loads of a checkpoint (Table 3: encoder)")
     group.add_argument("--freeze_encoder", action="store_true",
-                       help="train the decoder alone: no gradient, no update, fixed batch-norm statistics in the encoder")
+                       help="train the decoder alone; the encoder gets no gradient, no update, no batch-norm statistics")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--steps", type=int, default=20_000, help="paper: 20000")
     group.add_argument("--batch_size", type=int, default=16, help="paper: 16")
@@ -50,8 +50,9 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--eval_every", type=int, default=1000, help="steps between evaluations (paper: 1000)")
     add_common_options(parser)
     args = parser.parse_args()
-    init = args.init if args.init in ("none",
-                                      "imagenet") else os.path.basename(os.path.normpath(args.init).removesuffix("/model.pt"))
+    init = args.init
+    if init not in ("none", "imagenet"):
+        init = os.path.basename(os.path.normpath(init).removesuffix("/model.pt"))
     args.name = args.name or "_".join(["seg", args.data, args.encoder, init, "frozen" if args.freeze_encoder else "all",
                                        f"n{args.train_size or 'all'}", f"split{args.split_seed}", f"seed{args.seed}"])
     positive_size(args)
@@ -65,8 +66,7 @@ def name_pretraining(init: str) -> str:
     source, _, options = networks.read_checkpoint(init)
     if "task" not in options:
         return source
-    return options["task"].capitalize() + (f" ({options['supervision']})" if "supervision" in options
-                                           and options["task"] == "depth" else "")
+    return f"Depth ({options['supervision']})" if options["task"] == "depth" else options["task"].capitalize()
 
 
 def save_pictures(path: str, batch: dict, logits: torch.Tensor, colours: tuple, count: int = 4) -> None:
@@ -112,7 +112,8 @@ def main() -> int:
     if os.path.exists(run.path("result.json")):
         print(f"{run.folder}: finished already")
         return 0
-    print(f"{run.folder}: segmentation of {len(train_set.classes)} classes, {len(train_set)} training and {len(val_set)} test images of {args.data}")
+    print(f"{run.folder}: segmentation of {len(train_set.classes)} classes of {args.data}, {len(train_set)} images for "
+          f"training and {len(val_set)} for evaluation")
     print(f"{args.arch} {args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters"
           f"{' (encoder frozen)' * args.freeze_encoder}, {taken}; {args.width}x{args.height}, batch {args.batch_size}, "
           f"{args.steps} steps on {device}" + (f"; continues at step {start}" if start else ""))
@@ -145,9 +146,8 @@ def main() -> int:
         meter.add({"loss": loss}, waited)
         done = step + 1
         last = done == args.steps or run.stop
-        if device.type == "cpu" or last or done % min(args.log_every,
-                                                      args.save_every) == 0:  # on a GPU asking means waiting
-            meter.check(done, batch["index"])
+        if device.type == "cpu" or last or done % args.log_every == 0 or done % args.save_every == 0:
+            meter.check(done, batch["index"])  # on a GPU not at every step, as asking means waiting
         optimizer.step()
 
         if done % args.log_every == 0 or last:
@@ -163,15 +163,16 @@ def main() -> int:
         if done % args.save_every == 0 or last:
             run.save(done, model=networks.state(model), optimizer=optimizer.state_dict())
             run.save_model({"options": {**options, "steps": done}, **networks.state(model)})
-        if run.stop:
+        if last:
             break
 
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
+    scores = scores or evaluate.evaluate_segmentation(model, val_set, device)  # killed between last.pt and here
     run.finish({"step": done, "pretraining": pretraining, **scores})
-    print(f"{pretraining}: mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} %, {scores['cross_entropy']:.3f} nats per pixel "
-          f"on {scores['images']} images")
+    print(f"{pretraining}: mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} %, "
+          f"{scores['cross_entropy']:.3f} nats per pixel on {scores['images']} images")
     return 0
 
 

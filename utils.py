@@ -33,7 +33,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except InputError as error:
-        line = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")  # a loader process adds its traceback
+        # an error of a loader process comes with its traceback above
+        line = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
         sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
     except NonFiniteError as error:
         sys.exit(print(f"stopped: {error}", file=sys.stderr) or 1)
@@ -71,7 +72,8 @@ def positive_size(args: argparse.Namespace) -> None:
     for name in ("height", "width"):
         value = getattr(args, name)
         if value <= 0 or value % 32:
-            raise InputError(f"--{name} {value} is not a positive multiple of 32: try {max(32, round(value / 32) * 32)}")
+            nearest = max(32, round(value / 32) * 32)
+            raise InputError(f"--{name} {value} is not a positive multiple of 32: try {nearest}")
     for name in ("steps", "batch_size", "log_every", "save_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
@@ -98,7 +100,8 @@ def write_atomically(path: str, write: Callable[[str], None]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise InputError(f"could not write {path}: {str(error).splitlines()[0]} (what was there before is untouched)") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"could not write {path}: {reason} (what was there before is untouched)") from None
 
 
 def save_json(path: str, content: dict) -> None:
@@ -117,7 +120,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, script: str):
         if not re.fullmatch(r"[\w][\w.+=-]*", args.name):
-            raise InputError(f"--name {args.name!r}: letters, digits and . _ + = - only, it names a folder below --log_dir")
+            raise InputError(f"--name {args.name!r}: letters, digits and . _ + = - only (it names a folder)")
         self.args = args
         self.folder = os.path.join(args.log_dir, args.name)
         self.stop = False
