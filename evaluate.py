@@ -3,6 +3,7 @@
     python evaluate.py depth --weights runs/NAME --data kitti --frames 105:144   # without --frames the Eigen split
     python evaluate.py seg --weights runs/NAME --data camvid
     python evaluate.py predict --weights runs/NAME street.jpg folder/ --output predictions
+    python evaluate.py grid street.jpg --weights runs/NAME runs/OTHER --output grid.png
     python evaluate.py tables --log_dir runs
 
 The metrics are functions that return dicts; training calls the same ones.
@@ -261,7 +262,7 @@ def depth_command(args: argparse.Namespace) -> int:
         picture = constant_depth([m for m in maps if m.shape == shape])
         scale, what = args.scale or 1.0, f"constant picture of {len(maps)} frames"
 
-        def predict(sample: dict) -> np.ndarray:
+        def inverse_depth(sample: dict) -> np.ndarray:
             return 1 / picture
     else:
         model, options = networks.load_model(args.weights)
@@ -272,7 +273,7 @@ def depth_command(args: argparse.Namespace) -> int:
         metric = options.get("supervision") in ("stereo", "mono+stereo", "depth")
         scale = args.scale or (1.0 if metric else STEREO_SCALE if options.get("use_stereo") else "median")
 
-        def predict(sample: dict) -> np.ndarray:
+        def inverse_depth(sample: dict) -> np.ndarray:
             disparity = model(sample["frames"][None, 0].to(device).float() / 255)[0].sigmoid()
             depth = losses.disparity_to_depth(disparity, options["min_depth"], options["max_depth"])
             return (1 / depth)[0, 0].cpu().numpy()
@@ -282,7 +283,7 @@ def depth_command(args: argparse.Namespace) -> int:
     dataset.with_depth = False
     rows = []
     for index, entry in enumerate(tqdm(entries, desc="depth", disable=None)):
-        row = evaluate_depth_image(predict(dataset[index]), dataset.depth_map(entry), scale, args.min_eval,
+        row = evaluate_depth_image(inverse_depth(dataset[index]), dataset.depth_map(entry), scale, args.min_eval,
                                    args.max_eval, not args.no_crop)
         if row:
             rows.append({"image": dataset.samples[index]["images"][0], **row})
@@ -328,46 +329,72 @@ def seg_command(args: argparse.Namespace) -> int:
 
 
 @torch.inference_mode()
+def predict(model: torch.nn.Module, options: dict, image: torch.Tensor) -> tuple[torch.Tensor, np.ndarray | None]:
+    """What a model makes of one image (3, H, W) uint8, whatever its size.
+
+    Returns a picture (3, H, W) in [0, 1] (depth in colour, or labels over the image, or the reconstruction) and the
+    array behind it: depth float32 (H, W), in metres where training was metric, or train ids uint8 (H, W).
+    """
+    if options["task"] == "flow":
+        raise InputError("a flow network needs two frames; its pictures are in the samples/ of its run")
+    small = resize(image, [options["height"], options["width"]], antialias=True)[None].float() / 255
+    out = F.interpolate(model(small)[0], image.shape[1:], mode="bilinear", align_corners=False)
+    if options["task"] == "segmentation":
+        label = out[0].argmax(0)
+        picture = 0.5 * image / 255 + 0.5 * colour_labels(label[None], options["colours"])[0]
+        return picture, label.byte().cpu().numpy()
+    if options["task"] == "depth":
+        depth = losses.disparity_to_depth(out.sigmoid(), options["min_depth"], options["max_depth"])
+        return colour_depth(depth)[0], depth[0, 0].cpu().numpy()
+    return out[0].sigmoid(), None
+
+
+def list_images(paths: list[str]) -> list[str]:
+    """Image files named or in the folders named, in numeric order."""
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            names = [n for n in datasets.list_folder(path) if n.lower().endswith(datasets.IMAGE_EXTENSIONS)]
+            if not names:
+                raise InputError(f"{path}: no images there")
+            found += [os.path.join(path, n) for n in sorted(names, key=datasets.natural_key)]
+        else:
+            found.append(path)
+    return found
+
+
 def predict_command(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     model, options = networks.load_model(args.weights)
     model.to(device)
-    paths = []
-    for path in args.images:
-        if os.path.isdir(path):
-            found = [os.path.join(path, n) for n in sorted(os.listdir(path), key=datasets.natural_key)
-                     if n.lower().endswith(datasets.IMAGE_EXTENSIONS)]
-            if not found:
-                raise InputError(f"{path}: no images there")
-            paths += found
-        else:
-            paths.append(path)
-    if options["task"] == "flow":
-        raise InputError(f"{args.weights}: a flow network needs two frames; its pictures are in the run's samples/")
+    paths, written = list_images(args.images), set()
     os.makedirs(args.output, exist_ok=True)
-    written = set()
     for path in tqdm(paths, desc="predict", disable=None):
-        image = datasets.read_image(path)
-        small = resize(image, [options["height"], options["width"]], antialias=True)[None].to(device).float() / 255
-        out = F.interpolate(model(small)[0], image.shape[1:], mode="bilinear", align_corners=False)
+        picture, array = predict(model, options, datasets.read_image(path).to(device))
         name = os.path.splitext(os.path.basename(path))[0]
         if name in written:  # the same file name in two folders
             name = f"{os.path.basename(os.path.dirname(path))}_{name}"
         written.add(name)
-        target = os.path.join(args.output, name)
-        if options["task"] == "segmentation":
-            label = out[0].argmax(0)
-            picture = 0.5 * image.to(device) / 255 + 0.5 * colour_labels(label[None], options["colours"])[0]
-            array = label.byte().cpu().numpy()
-        elif options["task"] == "depth":
-            depth = losses.disparity_to_depth(out.sigmoid(), options["min_depth"], options["max_depth"])
-            picture, array = colour_depth(depth)[0], depth[0, 0].cpu().numpy()
-        else:
-            picture, array = out[0].sigmoid(), None
-        to_picture(picture).save(f"{target}_{options['task']}.png")
+        target = os.path.join(args.output, f"{name}_{options['task']}")
+        to_picture(picture).save(f"{target}.png")
         if array is not None:
-            np.save(f"{target}_{options['task']}.npy", array)
+            np.save(f"{target}.npy", array)
     print(f"{len(paths)} images -> {args.output}")
+    return 0
+
+
+def grid_command(args: argparse.Namespace) -> int:
+    """Images in rows, then what each of several models makes of them (Figure 6)."""
+    device = pick_device(args.device)
+    images = [datasets.read_image(path).to(device) for path in list_images(args.images)]
+    shape = list(images[0].shape[1:])
+    columns = [[resize(image, shape, antialias=True) / 255 for image in images]]
+    for path in args.weights:
+        model, options = networks.load_model(path)
+        model.to(device)
+        columns.append([resize(predict(model, options, image)[0], shape, antialias=True) for image in images])
+    to_picture(torch.cat([torch.cat(column, 1) for column in columns], 2)).save(args.output)
+    print(f"{len(images)} images, {len(args.weights)} models -> {args.output}")
     return 0
 
 
@@ -448,13 +475,19 @@ def main() -> int:
     seg.add_argument("--output", help="folder for segmentation.json")
     seg.set_defaults(run=seg_command)
 
-    predict = commands.add_parser("predict", help="pictures and .npy for images or folders of any size")
-    predict.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
-    predict.add_argument("--weights", required=True)
-    predict.add_argument("--output", default="predictions")
-    predict.set_defaults(run=predict_command)
+    images = commands.add_parser("predict", help="pictures and .npy for images or folders of any size")
+    images.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    images.add_argument("--weights", required=True)
+    images.add_argument("--output", default="predictions")
+    images.set_defaults(run=predict_command)
 
-    for command in (depth, seg, predict):
+    grid = commands.add_parser("grid", help="one picture: images in rows, then a column of predictions for each model")
+    grid.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    grid.add_argument("--weights", nargs="+", required=True, metavar="WEIGHTS")
+    grid.add_argument("--output", default="grid.png")
+    grid.set_defaults(run=grid_command)
+
+    for command in (depth, seg, images, grid):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     tables = commands.add_parser("tables", help="a table of all finished fine-tunings, mean and deviation over seeds")

@@ -214,8 +214,9 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
             raise InputError(f"{path} holds neither model.pt nor encoder.pth")
         extra = {key: parts["encoder"].pop(key) for key in ("height", "width", "use_stereo") if key in parts["encoder"]}
         first_block = parts["encoder"].get("encoder.layer1.0.conv1.weight", torch.empty(0, 0, 3, 3))
-        options = {"task": "depth", "supervision": "Monodepth2", "arch": "unet", "encoder": "resnet50" if first_block.shape[-1] == 1 else "resnet18",
-                   "min_depth": 0.1, "max_depth": 100.0, "height": 192, "width": 640, **extra}
+        options = {"task": "depth", "supervision": "Monodepth2", "arch": "unet", "min_depth": 0.1, "max_depth": 100.0,
+                   "encoder": "resnet50" if first_block.shape[-1] == 1 else "resnet18",  # 1x1: a bottleneck block
+                   "height": 192, "width": 640, **extra}
         return "Monodepth2 folder", parts, options
     content = read_file(path)
     if "options" in content and "encoder" in content:

@@ -42,7 +42,7 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--init_parts", choices=("encoder", "all"), default="all",
                        help="what --init loads of a checkpoint (Table 3: encoder)")
     group.add_argument("--freeze_encoder", action="store_true",
-                       help="train the decoder alone; the encoder gets no gradient, no update, no batch-norm statistics")
+                       help="train the decoder alone: nothing in the encoder changes, nor its batch-norm statistics")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--steps", type=int, default=20_000, help="paper: 20000")
     group.add_argument("--batch_size", type=int, default=16, help="paper: 16")
