@@ -646,7 +646,8 @@ class Labelled(Dataset):
     def load(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if index not in self.cached:
             image, label = read_image(self.pairs[index][0]), self.native_label(index)
-            if image.shape[1:] != label.shape:
+            aspects = image.shape[2] / image.shape[1], label.shape[1] / label.shape[0]
+            if abs(aspects[0] / aspects[1] - 1) > 0.01:  # some of KITTI's images are a few pixels smaller than their labels
                 raise InputError(f"{self.pairs[index][1]}: label is {tuple(label.shape)}, "
                                  f"its image {tuple(image.shape[1:])}")
             # nearest-exact takes the pixel at the new pixel's centre; any interpolation would invent ids
@@ -663,8 +664,8 @@ class Labelled(Dataset):
 
 def draw_training_set(pool: list, train_size: int | None, split_seed: int) -> list:
     """`train_size` of the pool's items at random; a larger draw of the same seed contains the smaller one."""
-    if train_size is not None and train_size > len(pool):
-        raise InputError(f"--train_size {train_size} is larger than the {len(pool)} images there are for training")
+    if train_size is not None and not 1 <= train_size <= len(pool):
+        raise InputError(f"--train_size {train_size}: there are 1 to {len(pool)} images for training")
     order = np.random.default_rng(split_seed).permutation(len(pool))
     return [pool[i] for i in order[:train_size]]
 

@@ -195,9 +195,14 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
 
 # ---------------------------------------------------------------------------------------------- supervised depth
 
-def supervised_depth_loss(depth: torch.Tensor, measured: torch.Tensor) -> torch.Tensor:
-    """Second term of Eq. (1): L1 in metres over measured pixels only (measured > 0); 0 when nothing was measured."""
+def supervised_depth_loss(depth: torch.Tensor, measured: torch.Tensor, log: bool = False) -> torch.Tensor:
+    """Second term of Eq. (1): L1 over measured pixels only (measured > 0), 0 when nothing was measured.
+
+    In metres, as in the paper; or of the logarithms, where a metre counts more the closer it is.
+    """
     valid = measured > 0
+    if log:
+        depth, measured = depth.log(), measured.where(valid, 1).log()
     return ((depth - measured).abs() * valid).sum() / valid.sum().clamp(min=1)
 
 

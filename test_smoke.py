@@ -34,10 +34,10 @@ GOLDEN = os.environ.get("GOLDEN_DIR") or os.path.join(HERE, "..", "shared", "gol
 DATA = os.environ.get("DEPTH2SEG_DATA") or os.path.join(HERE, "..", "shared", "data")
 
 
-# ---------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------ helpers
 
 def golden_files(pattern: str) -> list:
-    """Parameters for every golden file (or folder) of a kind, whatever its seed; one skipped parameter where there is none."""
+    """Parameters for every golden file (or folder) of a kind, whatever its seed; a skipped one where there is none."""
     found = sorted(glob.glob(os.path.join(GOLDEN, pattern)))
     missing = pytest.param(None, marks=pytest.mark.skip(reason=f"no {pattern} in {GOLDEN} (set GOLDEN_DIR)"))
     return [pytest.param(path, id=os.path.splitext(os.path.basename(path))[0]) for path in found] or [missing]
@@ -62,11 +62,13 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, relative: float =
 
 
 def relative_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """L2 distance relative to the expected norm: what gradients are compared by, as single pixels may take a subgradient."""
+    """L2 distance relative to the expected norm: for gradients, where single pixels may take a subgradient."""
     return float((actual - expected).norm() / expected.norm())
 
 
-def without_outliers(actual: torch.Tensor, expected: torch.Tensor, share: float = 2e-3) -> tuple[torch.Tensor, torch.Tensor]:
+def without_outliers(
+    actual: torch.Tensor, expected: torch.Tensor, share: float = 2e-3
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Both without the few pixels that differ most."""
     kept = (actual - expected).abs().flatten().argsort()[:int((1 - share) * actual.numel())]
     return (actual.flatten()[kept], expected.flatten()[kept]) if actual.numel() > 100 else (actual, expected)
@@ -91,7 +93,7 @@ def shift_pose(x: float = 0.0, y: float = 0.0, z: float = 0.0) -> torch.Tensor:
     return T
 
 
-# ---------------------------------------------------------------------------------------------- golden: geometry
+# ------------------------------------------------------------------------------------ golden: geometry
 
 @pytest.mark.parametrize("path", golden_files("geometry_seed*.npz"))
 def test_golden_geometry(path):
@@ -107,7 +109,7 @@ def test_golden_geometry(path):
 @pytest.mark.parametrize("suffix", ("", "_behind"))
 @pytest.mark.parametrize("path", golden_files("geometry_seed*.npz"))
 def test_golden_projection(path, suffix):
-    """Where pixels land, how deep, and the colour there; with `_behind` a quarter of the points lie behind the camera."""
+    """Where pixels land, how deep, and the colour there; `_behind`: a quarter of them lie behind the camera."""
     golden = read_golden(path)
     K, T, image = golden["K"][:, :3, :3], golden["T" + suffix], golden["image"]
     pixels, z = losses.project(golden["depth"], K, T)
@@ -135,7 +137,7 @@ def test_golden_photometric_and_smoothness(path):
     assert_close(losses.smoothness(golden["smooth_disp"], golden["smooth_image"]), golden["smooth_loss_raw"])
 
 
-# ---------------------------------------------------------------------------------------------- golden: depth loss
+# ------------------------------------------------------------------------------------ golden: depth loss
 
 LOSS_VARIANTS = {  # source views and options of every variant that depth_loss offers
     "mono": (("-1", "1"), {}),
@@ -162,13 +164,19 @@ def golden_loss(path: str, variant: str):
             continue
         for kind in ("axisangle", "translation"):
             leaves[f"{kind}_{view}"] = inputs[f"{kind}_{view}"].requires_grad_()
-        poses.append(losses.pose_to_matrix(leaves[f"axisangle_{view}"][:, 0], leaves[f"translation_{view}"][:, 0], invert=view == "-1"))
+        poses.append(
+            losses.pose_to_matrix(
+                leaves[f"axisangle_{view}"][:, 0], leaves[f"translation_{view}"][:, 0], invert=view == "-1"
+            )
+        )
     pyramid = [inputs[f"color_0_{s}"].float() / 255 for s in range(4)]
     sources = [inputs[f"color_{view}_0"].float() / 255 for view in views]
     disparities = [leaves[f"disp_{s}"] for s in range(4)]
 
     def loss(disparities, pyramid=pyramid):
-        return losses.depth_loss(disparities, pyramid, sources, inputs["K_0"][:, :3, :3], poses, mask_outside=False, **options)
+        return losses.depth_loss(
+            disparities, pyramid, sources, inputs["K_0"][:, :3, :3], poses, mask_outside=False, **options
+        )
     return loss, disparities, leaves
 
 
@@ -182,7 +190,9 @@ def test_golden_depth_loss(monkeypatch, variant, path, corners):
     """
     grid_sample = F.grid_sample
     if not corners:
-        monkeypatch.setattr(losses.F, "grid_sample", lambda *args, **options: grid_sample(*args, **{**options, "align_corners": False}))
+        monkeypatch.setattr(
+            losses.F, "grid_sample", lambda *args, **options: grid_sample(*args, **{**options, "align_corners": False})
+        )
     golden = {key[4:]: value for key, value in read_golden(path).items() if key.startswith(f"ac{int(corners)}_")}
     loss, disparities, leaves = golden_loss(path, variant)
 
@@ -192,10 +202,12 @@ def test_golden_depth_loss(monkeypatch, variant, path, corners):
     expected = {key[5:]: value for key, value in golden.items() if key.startswith("grad_")}
     assert corners or set(expected) == set(leaves)
     for name, gradient in expected.items():
-        # where a sampling point sits on an integer, or two sources tie, either subgradient is right: a few single pixels
+        # where a sampling point sits on an integer, or two sources tie, either subgradient is right: a few pixels
         # may differ, all others must not, and the sums over pixels (the poses) only by that little
         assert relative_distance(leaves[name].grad, gradient) < (5e-2 if "disp" in name else 1e-2), name
-        assert relative_distance(*without_outliers(leaves[name].grad, gradient)) < (2e-3 if "disp" in name else 1e-2), name
+        assert relative_distance(*without_outliers(leaves[name].grad, gradient)) < (2e-3 if "disp" in name else 1e-2), (
+            name
+        )
 
     for scale in range(4):
         first, _ = loss(disparities[:scale + 1])
@@ -212,7 +224,7 @@ def test_golden_depth_loss(monkeypatch, variant, path, corners):
             assert_close(views["warped"], warped, absolute=2e-4)
 
 
-# ---------------------------------------------------------------------------------------------- golden: networks
+# ------------------------------------------------------------------------------------ golden: networks
 
 def golden_keys() -> dict[str, dict[str, list[int]]]:
     with open(os.path.join(GOLDEN, "state_dict_keys.json")) as file:
@@ -220,7 +232,7 @@ def golden_keys() -> dict[str, dict[str, list[int]]]:
 
 
 def golden_parameters(network: str, seed: int) -> dict[str, torch.Tensor]:
-    """The reference's state dict of a network (with its unused `fc`), filled by the formula of the golden folder's README."""
+    """The reference's state dict of a network (with its unused `fc`), filled by the golden folder's formula."""
     shapes, filled = golden_keys()[network], {}
     for i, key in enumerate(sorted(shapes)):
         shape = tuple(shapes[key])
@@ -249,7 +261,12 @@ def seed_of(path: str) -> int:
 def write_monodepth2_folder(folder, size: str, seed: int, **extra) -> str:
     """A folder as Monodepth2 publishes its weights; `extra` entries go into encoder.pth beside the tensors."""
     os.makedirs(folder, exist_ok=True)
-    for file, network in (("encoder", "encoder"), ("depth", "depth"), ("pose_encoder", "pose_encoder"), ("pose", "pose")):
+    for file, network in (
+        ("encoder", "encoder"),
+        ("depth", "depth"),
+        ("pose_encoder", "pose_encoder"),
+        ("pose", "pose"),
+    ):
         content = golden_parameters(f"{network}_{size}", seed)
         torch.save({**content, **extra} if file == "encoder" else content, os.path.join(folder, f"{file}.pth"))
     return str(folder)
@@ -259,8 +276,16 @@ def write_monodepth2_folder(folder, size: str, seed: int, **extra) -> str:
 @pytest.mark.parametrize("path", golden_files("state_dict_keys.json"))
 def test_golden_parameter_names(path, size):
     """Names and shapes are the published ones, except for the classifier that nothing uses."""
-    model, pose = networks.build("unet", f"resnet{size[1:]}", 1, scales=(0, 1, 2, 3)), networks.PoseNet(f"resnet{size[1:]}")
-    for part, module in (("encoder", model.encoder), ("depth", model.decoder), ("pose_encoder", pose.encoder), ("pose", pose.decoder)):
+    model, pose = (
+        networks.build("unet", f"resnet{size[1:]}", 1, scales=(0, 1, 2, 3)),
+        networks.PoseNet(f"resnet{size[1:]}"),
+    )
+    for part, module in (
+        ("encoder", model.encoder),
+        ("depth", model.decoder),
+        ("pose_encoder", pose.encoder),
+        ("pose", pose.decoder),
+    ):
         ours = {key: list(value.shape) for key, value in module.state_dict().items()}
         assert ours == {key: shape for key, shape in golden_keys()[f"{part}_{size}"].items() if ".fc." not in key}
 
@@ -289,11 +314,13 @@ def test_golden_depth_network(tmp_path, path):
 
 @pytest.mark.parametrize("path", golden_files("pose_r*_seed*.npz"))
 def test_golden_pose_network(tmp_path, path):
-    """The same for the pose network. Only the ResNet-18 one is ever built by training, so it also loads from the folder."""
+    """The same for the pose network, with both predictions of the decoder."""
     golden, size = read_golden(path), os.path.basename(path).split("_")[1]
     pose = networks.PoseNet(f"resnet{size[1:]}").eval()
     folder = write_monodepth2_folder(tmp_path / "mono", size, seed_of(path))
-    message = networks.load_weights(networks.build("unet", f"resnet{size[1:]}", 1, scales=(0, 1, 2, 3)), folder, pose=pose)
+    message = networks.load_weights(
+        networks.build("unet", f"resnet{size[1:]}", 1, scales=(0, 1, 2, 3)), folder, pose=pose
+    )
     assert "pose 8/8" in message
     with torch.no_grad():
         features = pose.encoder(golden["input"])
@@ -307,7 +334,7 @@ def test_golden_pose_network(tmp_path, path):
             assert torch.equal(ours, all_predictions[:, 0])
 
 
-# ---------------------------------------------------------------------------------------------- golden: evaluation
+# ------------------------------------------------------------------------------------ golden: evaluation
 
 EVALUATION_VARIANTS = {"mono_eigen": {}, "stereo_eigen": {"scale": 5.4}, "mono_eigen_noscale": {"scale": 1.0},
                        "mono_benchmark_mask": {"crop": False}}
@@ -321,7 +348,9 @@ def test_golden_evaluation(path, variant):
     for index, disparity in enumerate(golden["pred_disp"]):
         row = evaluate.evaluate_depth_image(disparity, golden[f"gt_{index}"], **EVALUATION_VARIANTS[variant])
         assert row["pixels"] == golden[f"{variant}_count"][index]
-        np.testing.assert_allclose([row[key] for key in evaluate.DEPTH_METRICS], golden[f"{variant}_errors"][index], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            [row[key] for key in evaluate.DEPTH_METRICS], golden[f"{variant}_errors"][index], rtol=1e-4, atol=1e-6
+        )
         rows.append(row)
     summary = evaluate.summarise_depth(rows)
     np.testing.assert_allclose([summary[key] for key in evaluate.DEPTH_METRICS], golden[f"{variant}_mean"], rtol=5e-5)
@@ -355,13 +384,21 @@ def test_golden_velodyne(tmp_path, folder, camera_number, forward_distance):
     for images in ("image_02", "image_03"):
         os.makedirs(drive / images / "data")
         Image.new("RGB", (310, 94)).save(drive / images / "data" / "0000000007.png")
-    clips = datasets.KittiRaw(str(root), ["0"], split=None, cameras="l" if camera_number == 2 else "r", with_depth=True, height=32, width=96)
+    clips = datasets.KittiRaw(
+        str(root), ["0"], split=None, cameras="l" if camera_number == 2 else "r", with_depth=True, height=32, width=96
+    )
     kind, points, name, side, _ = clips.samples[0]["depth"]
     ours = clips.depth_map((kind, points, name, side, forward_distance))
+    if not forward_distance:  # ours lies where the depth benchmark has it; the reference counts pixels from 1 here too
+        calibration = clips.calibration("2011_09_26")
+        points = np.fromfile(points, np.float32).reshape(-1, 4)
+        arguments = points, calibration["velodyne"], calibration["P"][side], calibration["shape"]
+        unmoved, ours = ours, datasets.velodyne_depth(*arguments, offset=1)
+        np.testing.assert_array_equal(unmoved, datasets.velodyne_depth(*arguments))
 
     golden = np.load(root / "depth_maps.npz")
     expected = golden[f"cam{camera_number}_vel{int(forward_distance)}"]
-    # the reference takes the last pixel of a row and the first of the next for the same one: where both are hit it is wrong
+    # the reference takes the last pixel of a row and the first of the next for one: where both are hit it is wrong
     compared = np.ones(ours.shape, bool)
     both = (expected[:-1, -1] > 0) | (ours[:-1, -1] > 0), (expected[1:, 0] > 0) | (ours[1:, 0] > 0)
     compared[:-1, -1] &= ~(both[0] & both[1])
@@ -376,10 +413,13 @@ def test_golden_velodyne(tmp_path, folder, camera_number, forward_distance):
     assert (expected > 0).sum() > 500
 
 
-# ---------------------------------------------------------------------------------------------- geometry by construction
+# ------------------------------------------------------------------------------------ geometry by construction
 
 def test_identity_pose_warps_an_image_to_itself():
-    image, depth = smooth_images(2, 32, 48), 1 + 20 * torch.rand(2, 1, 32, 48, generator=torch.Generator().manual_seed(1))
+    image, depth = (
+        smooth_images(2, 32, 48),
+        1 + 20 * torch.rand(2, 1, 32, 48, generator=torch.Generator().manual_seed(1)),
+    )
     warped, valid = losses.synthesize(image, depth, camera(40, 32, 48, 2), torch.eye(4).expand(2, 4, 4))
     assert_close(warped, image, absolute=1e-4)
     assert valid[..., 1:-1, 1:-1].all()
@@ -427,7 +467,9 @@ def test_flip_of_a_sample_commutes_with_view_synthesis():
     sample = {"frames": images.clone(), "depth": depth[0].clone(), "K": K[0].clone(), "stereo_T": T[0].clone()}
     flipped = datasets.crop_and_flip(sample, None, np.random.default_rng(seed_that_flips(True)))
     assert torch.equal(flipped["frames"], images.flip(-1)) and torch.equal(flipped["depth"], depth[0].flip(-1))
-    warped_flipped, valid_flipped = losses.synthesize(flipped["frames"][1:], flipped["depth"][None], flipped["K"][None], flipped["stereo_T"][None])
+    warped_flipped, valid_flipped = losses.synthesize(
+        flipped["frames"][1:], flipped["depth"][None], flipped["K"][None], flipped["stereo_T"][None]
+    )
     assert_close(warped_flipped, warped.flip(-1), absolute=1e-4)
     assert torch.equal(valid_flipped[..., 1:-1, 1:-1], valid.flip(-1)[..., 1:-1, 1:-1])
 
@@ -458,11 +500,13 @@ def test_intrinsics_follow_the_resized_image(new):
     for axis, coordinates, count in ((0, x[5], new[1]), (1, y[:, 5], new[0])):
         ray_before = (coordinates - K[axis, 2]) / K[axis, axis]
         ray_after = (np.arange(count) - resized_K[axis, 2]) / resized_K[axis, axis]
-        difference = (ray_after - ray_before)[inner] * K[axis, axis]  # in old pixels; the filter itself wobbles by less than 0.1
+        difference = (ray_after - ray_before)[inner] * K[
+            axis, axis
+        ]  # in old pixels; the filter itself wobbles by less than 0.1
         assert abs(difference.mean()) < 0.01 and abs(difference).max() < 0.1
 
 
-# ---------------------------------------------------------------------------------------------- losses by construction
+# ------------------------------------------------------------------------------------ losses by construction
 
 @pytest.mark.parametrize("minimum", (True, False), ids=("minimum", "average"))
 @pytest.mark.parametrize("pose", (shift_pose(z=-5), shift_pose(x=-400)), ids=("behind", "outside"))
@@ -475,8 +519,20 @@ def test_unseen_pixels_do_not_train(pose, minimum):
 
     def run(near_disparity: float, mask_outside: bool = True):
         disparity = torch.full((1, 1, 32, 64), 1e-5).masked_fill(near, near_disparity).requires_grad_()
-        terms, views = losses.depth_loss([disparity], [target], [source], K, [pose], min_depth=1, max_depth=2000, smoothness_weight=0.0,
-                                         automask=False, minimum=minimum, ssim=False, mask_outside=mask_outside)
+        terms, views = losses.depth_loss(
+            [disparity],
+            [target],
+            [source],
+            K,
+            [pose],
+            min_depth=1,
+            max_depth=2000,
+            smoothness_weight=0.0,
+            automask=False,
+            minimum=minimum,
+            ssim=False,
+            mask_outside=mask_outside,
+        )
         terms["loss"].backward()
         return terms["loss"].detach(), disparity.grad, views["mask"]
 
@@ -508,18 +564,25 @@ def test_a_source_that_sees_nothing_changes_nothing(minimum):
 def test_stationary_pixels_are_masked():
     """A camera that stands still: the unmoved source explains every pixel, so nothing trains."""
     image = smooth_images(1, 32, 64)
-    terms, views = losses.depth_loss([torch.full((1, 1, 32, 64), 0.3)], [image], [image], camera(40, 32, 64), [shift_pose(x=-0.1)])
+    terms, views = losses.depth_loss(
+        [torch.full((1, 1, 32, 64), 0.3)], [image], [image], camera(40, 32, 64), [shift_pose(x=-0.1)]
+    )
     assert float(terms["masked"]) == 1 and not views["mask"].any()
-    terms, views = losses.depth_loss([torch.full((1, 1, 32, 64), 0.3)], [image], [image], camera(40, 32, 64), [shift_pose(x=-0.1)],
-                                     automask=False)
+    terms, views = losses.depth_loss(
+        [torch.full((1, 1, 32, 64), 0.3)], [image], [image], camera(40, 32, 64), [shift_pose(x=-0.1)], automask=False
+    )
     assert views["mask"].float().mean() > 0.5
 
 
 def test_smoothness_ignores_the_scale_of_disparity():
     disparity, image = 0.1 + smooth_images(1, 32, 64)[:, :1], smooth_images(1, 32, 64, seed=1)
-    assert_close(losses.disparity_smoothness(0.3 * disparity, image), losses.disparity_smoothness(disparity, image), 1e-4)
+    assert_close(
+        losses.disparity_smoothness(0.3 * disparity, image), losses.disparity_smoothness(disparity, image), 1e-4
+    )
     assert float(losses.disparity_smoothness(torch.full_like(disparity, 0.4), image)) == 0
-    assert losses.smoothness(disparity, torch.full_like(image, 0.5)) > losses.smoothness(disparity, image)  # edges in the image excuse
+    assert losses.smoothness(disparity, torch.full_like(image, 0.5)) > losses.smoothness(
+        disparity, image
+    )  # edges in the image excuse
 
 
 def test_supervised_loss_counts_measured_pixels_only():
@@ -541,7 +604,10 @@ def test_scale_and_shift_invariant_loss():
     assert 0.1 < float(loss) < 2
     assert_close(losses.scale_shift_invariant_loss(7 * prediction - 3, target, valid), loss, 1e-4)
     assert_close(losses.scale_shift_invariant_loss(prediction, 0.2 * target + 9, valid), loss, 1e-3)
-    assert_close(losses.scale_shift_invariant_loss(prediction.masked_fill(~valid, 50), target.masked_fill(~valid, -50), valid), loss)
+    assert_close(
+        losses.scale_shift_invariant_loss(prediction.masked_fill(~valid, 50), target.masked_fill(~valid, -50), valid),
+        loss,
+    )
     assert float(losses.scale_shift_invariant_loss(2 * target + 1, target, valid)) < 1e-4
 
 
@@ -588,10 +654,10 @@ def test_flow_loss_vanishes_at_the_true_flow():
         assert wrong["photometric"] > 50 * terms["photometric"] + 0.005
 
 
-# ---------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------ networks
 
-def test_flow_network_treats_both_frames_alike():
-    """Shared weights: exchanging the frames exchanges the halves of the features, and the range is a fifth of the image."""
+def test_flow_network():
+    """Flow depends on the order of the frames, and is at most a fifth of the image."""
     torch.manual_seed(0)
     model = networks.build("flow", "resnet18", 2, scales=(0, 1, 2, 3)).eval()
     first, second = smooth_images(1, 64, 96), smooth_images(1, 64, 96, seed=1)
@@ -614,7 +680,10 @@ def test_segmenter_computes_the_finest_scale_only(encoder):
 def test_only_the_head_may_differ(tmp_path):
     """From a depth network, a segmenter takes all but the last layer, says so, and leaves the new head as it was."""
     torch.manual_seed(0)
-    depth, segmenter = networks.build("unet", "resnet18", 1, scales=(0, 1, 2, 3)), networks.build("unet", "resnet18", 19)
+    depth, segmenter = (
+        networks.build("unet", "resnet18", 1, scales=(0, 1, 2, 3)),
+        networks.build("unet", "resnet18", 19),
+    )
     path = str(tmp_path / "model.pt")
     torch.save({"options": {"task": "depth"}, **networks.state(depth)}, path)
     head = segmenter.decoder.decoder[10].conv.weight.clone()
@@ -631,7 +700,7 @@ def test_only_the_head_may_differ(tmp_path):
     assert all(torch.equal(value, depth.encoder.state_dict()[key]) for key, value in fresh.encoder.state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------ data
 
 def write_image(path, height: int = 64, width: int = 96, seed: int = 0) -> str:
     """A smooth random picture; the format follows from the name."""
@@ -641,7 +710,9 @@ def write_image(path, height: int = 64, width: int = 96, seed: int = 0) -> str:
     return str(path)
 
 
-def write_frames(folder, numbers=range(1, 7), extension: str = "jpg", intrinsics: str | None = "60 60 47.5 31.5") -> str:
+def write_frames(
+    folder, numbers=range(1, 7), extension: str = "jpg", intrinsics: str | None = "60 60 47.5 31.5"
+) -> str:
     """One's own images, `frame<number>.<extension>`, and intrinsics.txt."""
     for number in numbers:
         write_image(os.path.join(folder, f"frame{number}.{extension}"), seed=number)
@@ -671,14 +742,34 @@ def test_labels_keep_their_ids_when_resized(tmp_path, size):
     assert set(label.unique().tolist()) <= {0, 13, datasets.IGNORE} == set(native.unique().tolist())
     rows = ((torch.arange(size[0]) + 0.5) * 75 / size[0]).long()
     columns = ((torch.arange(size[1]) + 0.5) * 124 / size[1]).long()
-    assert (label != native[rows][:, columns]).float().mean() < 1e-2  # a centre on the seam of two pixels may go either way
+    assert (
+        label != native[rows][:, columns]
+    ).float().mean() < 1e-2  # a centre on the seam of two pixels may go either way
     assert label.dtype == torch.int64 and data[0]["image"].shape == (3, *size)
 
 
 def test_cityscapes_ids():
-    raw = {"road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19, "traffic sign": 20,
-           "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28, "train": 31,
-           "motorcycle": 32, "bicycle": 33}
+    raw = {
+        "road": 7,
+        "sidewalk": 8,
+        "building": 11,
+        "wall": 12,
+        "fence": 13,
+        "pole": 17,
+        "traffic light": 19,
+        "traffic sign": 20,
+        "vegetation": 21,
+        "terrain": 22,
+        "sky": 23,
+        "person": 24,
+        "rider": 25,
+        "car": 26,
+        "truck": 27,
+        "bus": 28,
+        "train": 31,
+        "motorcycle": 32,
+        "bicycle": 33,
+    }
     for train_id, name in enumerate(datasets.CITYSCAPES_CLASSES):
         assert datasets.CITYSCAPES_TABLE[raw[name]] == train_id
     for other in range(256):
@@ -696,8 +787,13 @@ def test_test_images_are_fixed_and_draws_nested(tmp_path):
     chosen = {}
     for split_seed in range(3):
         for train_size in (2, 5, 16):
-            assert datasets.KittiSemantics(root, "val", train_size=train_size, split_seed=split_seed, **options).pairs == test
-            pairs = datasets.KittiSemantics(root, "train", train_size=train_size, split_seed=split_seed, **options).pairs
+            assert (
+                datasets.KittiSemantics(root, "val", train_size=train_size, split_seed=split_seed, **options).pairs
+                == test
+            )
+            pairs = datasets.KittiSemantics(
+                root, "train", train_size=train_size, split_seed=split_seed, **options
+            ).pairs
             assert len(set(pairs)) == train_size and not set(pairs) & set(test)
             chosen[split_seed, train_size] = set(pairs)
         assert chosen[split_seed, 2] < chosen[split_seed, 5] < chosen[split_seed, 16]
@@ -737,7 +833,11 @@ def test_jitter_is_one_draw_a_sample():
     changed = (jittered != frames).flatten(1).any(1)
     assert 10 < changed.sum() < 30
     assert len({tuple(sample.flatten()[:6].tolist()) for sample in jittered[changed][:, 0]}) == changed.sum()
-    assert (jittered >= 0).all() and (jittered <= 1).all() and torch.equal(frames[:, :1], image[:, None].expand(40, 1, 3, 16, 16))
+    assert (
+        (jittered >= 0).all()
+        and (jittered <= 1).all()
+        and torch.equal(frames[:, :1], image[:, None].expand(40, 1, 3, 16, 16))
+    )
     again = datasets.color_jitter(frames, torch.Generator().manual_seed(0))
     assert torch.equal(again, jittered)
 
@@ -747,7 +847,9 @@ def test_jitter_equals_torchvision():
     from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
     image = smooth_images(1, 16, 16)
     ours = datasets.color_jitter(image, torch.Generator().manual_seed(5), strength=0.2, hue=0.0, probability=1)
-    brightness, contrast, saturation = (1 + 0.2 * (2 * torch.rand(1, 5, generator=torch.Generator().manual_seed(5)) - 1)[0, 1:4]).tolist()
+    brightness, contrast, saturation = (
+        1 + 0.2 * (2 * torch.rand(1, 5, generator=torch.Generator().manual_seed(5)) - 1)[0, 1:4]
+    ).tolist()
     expected = adjust_saturation(adjust_contrast(adjust_brightness(image, brightness), contrast), saturation)
     assert_close(ours, expected, absolute=2e-3)
 
@@ -792,14 +894,16 @@ def test_own_frames_with_depth_and_field_of_view(tmp_path):
     root = write_frames(tmp_path / "video", (1, 2, 3), "png", intrinsics=None)
     os.makedirs(tmp_path / "video" / "depth")
     for number in (1, 3):
-        Image.fromarray(np.full((64, 96), 2500 * number, np.uint16)).save(tmp_path / "video" / "depth" / f"frame{number}.png")
+        Image.fromarray(np.full((64, 96), 2500 * number, np.uint16)).save(
+            tmp_path / "video" / "depth" / f"frame{number}.png"
+        )
     clips = datasets.Frames(root, ["0"], fov=90, with_depth=True, height=64, width=96)
     assert len(clips) == 2 and "1 without" in clips.dropped
     assert clips[1]["depth"].unique().tolist() == [7.5]
     assert_close(clips[0]["K"], torch.tensor([[48, 0, 47.5], [0, 48, 31.5], [0, 0, 1]]))
 
 
-# ---------------------------------------------------------------------------------------------- real data
+# ------------------------------------------------------------------------------------ real data
 
 def test_real_kitti_calibration():
     """K from P_rect of the date, and a stereo baseline of 0.5327 m, the right camera being on the right."""
@@ -814,8 +918,10 @@ def test_real_kitti_calibration():
 
 @pytest.mark.parametrize("side", ("l", "r"))
 def test_real_lidar_explains_the_other_camera(side):
-    """At measured pixels the other image, warped with the true depth, fits better than with depth 10 % off either way."""
-    clips = datasets.KittiRaw(real_data("kitti_raw"), ["0", "s"], frames=(10, 131), cameras=side, with_depth=True, height=375, width=1242)
+    """At measured pixels the other image, warped with the true depth, fits better than with depth 10 % off."""
+    clips = datasets.KittiRaw(
+        real_data("kitti_raw"), ["0", "s"], frames=(10, 131), cameras=side, with_depth=True, height=375, width=1242
+    )
     errors = {0.9: 0.0, 1.0: 0.0, 1.1: 0.0}
     for index in range(0, len(clips), 30):
         sample = clips[index]
@@ -829,19 +935,18 @@ def test_real_lidar_explains_the_other_camera(side):
 
 
 def test_real_velodyne_agrees_with_depth_images():
-    """Raw points projected by us against the depth benchmark's projection of the same sweep, camera z.
-
-    The published protocol counts pixels from 1, so ours lie one pixel further to the upper left.
-    """
-    clips = datasets.KittiRaw(real_data("kitti_raw"), ["0"], frames=(0, 144), cameras="l", with_depth=True, height=375, width=1242)
+    """Raw points projected by us against the depth benchmark's projection of the same sweep, camera z."""
+    clips = datasets.KittiRaw(
+        real_data("kitti_raw"), ["0"], frames=(0, 144), cameras="l", with_depth=True, height=375, width=1242
+    )
     folder = "2011_09_26/2011_09_26_drive_0013_sync"
     numbers = [n for n in range(144) if clips.velodyne_file(folder, n)]
     sample = clips.samples[numbers[1]]
     png = clips.depth_map(sample["depth"])
     ours = clips.depth_map(("velodyne", clips.velodyne_file(folder, numbers[1]), folder, "l", False))
-    both = (png[1:, 1:] > 0) & (ours[:-1, :-1] > 0)
-    assert both.sum() > 5000
-    assert (abs(png[1:, 1:] - ours[:-1, :-1])[both] < 0.05 * png[1:, 1:][both]).mean() > 0.95
+    both = (png > 0) & (ours > 0)
+    assert both.sum() > 0.9 * (png > 0).sum()
+    assert (abs(png - ours)[both] < 0.02 * png[both]).mean() > 0.99
 
 
 def test_real_labels_and_camvid():
@@ -855,7 +960,7 @@ def test_real_labels_and_camvid():
     assert len(video) == 89
 
 
-# ---------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------ metrics
 
 def test_confusion_matrix_by_hand():
     label = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]])
@@ -864,7 +969,9 @@ def test_confusion_matrix_by_hand():
     assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
     scores = evaluate.segmentation_scores(confusion)
     assert scores["pixel_accuracy"] == pytest.approx(100 * 4 / 6)
-    assert scores["iou"][:3] == pytest.approx([100 / 3, 200 / 3, 50]) and np.isnan(scores["iou"][3])  # class 3 occurs nowhere
+    assert scores["iou"][:3] == pytest.approx([100 / 3, 200 / 3, 50]) and np.isnan(
+        scores["iou"][3]
+    )  # class 3 occurs nowhere
     assert scores["miou"] == pytest.approx(50)
 
 
@@ -873,7 +980,9 @@ def test_segmentation_scores_equal_scikit_learn(seed):
     metrics = pytest.importorskip("sklearn.metrics")
     generator = torch.Generator().manual_seed(seed)
     label = torch.randint(0, 7, (3, 20, 30), generator=generator)
-    prediction = torch.where(torch.rand(label.shape, generator=generator) < 0.5, label, torch.randint(0, 7, label.shape, generator=generator))
+    prediction = torch.where(
+        torch.rand(label.shape, generator=generator) < 0.5, label, torch.randint(0, 7, label.shape, generator=generator)
+    )
     label[torch.rand(label.shape, generator=generator) < 0.1] = datasets.IGNORE
     counted = label != datasets.IGNORE
     truth, guess = label[counted].numpy(), prediction[counted].numpy()
@@ -899,8 +1008,9 @@ def test_confusion_matrix_refuses(label, prediction):
 
 def test_depth_errors_by_hand():
     errors = evaluate.depth_errors(np.array([2.0, 4.0]), np.array([4.0, 4.0]))
-    assert errors == pytest.approx({"abs_rel": 0.5, "sq_rel": 1, "rmse": 2 ** 0.5, "rmse_log": np.log(2) / 2 ** 0.5, "a1": 0.5, "a2": 0.5,
-                                    "a3": 0.5})
+    assert errors == pytest.approx(
+        {"abs_rel": 0.5, "sq_rel": 1, "rmse": 2**0.5, "rmse_log": np.log(2) / 2**0.5, "a1": 0.5, "a2": 0.5, "a3": 0.5}
+    )
     with pytest.raises(ValueError):
         evaluate.depth_errors(np.ones(3), np.ones(4))
     assert evaluate.evaluate_depth_image(np.ones((4, 6), np.float32), np.zeros((40, 60), np.float32)) == {}
@@ -937,27 +1047,44 @@ def test_evaluation_of_a_segmenter(tmp_path):
     label = torch.stack([data.native_label(i) for i in range(len(data))])
     assert scores["cross_entropy"] == pytest.approx(F.cross_entropy(logits, label, ignore_index=255).item(), rel=1e-4)
     counted = label != datasets.IGNORE
-    assert scores["pixel_accuracy"] == pytest.approx(100 * (logits.argmax(1) == label)[counted].double().mean().item(), abs=0.01)
-    assert scores["images"] == len(data) and list(scores["iou"]) == list(datasets.CITYSCAPES_CLASSES) and "release_miou" in scores
+    assert scores["pixel_accuracy"] == pytest.approx(
+        100 * (logits.argmax(1) == label)[counted].double().mean().item(), abs=0.01
+    )
+    assert (
+        scores["images"] == len(data)
+        and list(scores["iou"]) == list(datasets.CITYSCAPES_CLASSES)
+        and "release_miou" in scores
+    )
 
 
-# ---------------------------------------------------------------------------------------------- scripts, as a user runs them
+# ------------------------------------------------------------------------------------ scripts, as a user runs them
 
 SMALL = ["--height", "64", "--width", "96", "--batch_size", "2", "--log_every", "1"]
 
 
 def run_script(script: str, *options: str, expect: int = 0, **environment: str) -> subprocess.CompletedProcess:
     """One command line in a process of its own, on one thread."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, script), *options], capture_output=True, text=True, timeout=240, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    done = subprocess.run(
+        [sys.executable, os.path.join(HERE, script), *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
 def run_until_stopped(script: str, folder: str, *options: str) -> str:
     """Start a script, let it finish a step, send SIGTERM; its output."""
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, script), *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(HERE, script), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.time() + 120
     while not read_log(folder) and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
@@ -983,7 +1110,12 @@ def read_json(*parts: str) -> dict:
 def read_weights(folder: str) -> dict[str, torch.Tensor]:
     """All tensors of a run's model.pt by part and name."""
     content = torch.load(os.path.join(folder, "model.pt"), weights_only=True)
-    return {f"{part}.{key}": value for part, tensors in content.items() if part != "options" for key, value in tensors.items()}
+    return {
+        f"{part}.{key}": value
+        for part, tensors in content.items()
+        if part != "options"
+        for key, value in tensors.items()
+    }
 
 
 def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
@@ -1006,7 +1138,10 @@ def log_dir(tmp_path_factory) -> str:
 
 
 PRETRAINING = {  # every task and supervision: options and loss terms that the log must show
-    "mono": (["--supervision", "mono", "--steps", "4", "--save_every", "3"], {"loss", "photometric", "smoothness", "masked"}),
+    "mono": (
+        ["--supervision", "mono", "--steps", "4", "--save_every", "3"],
+        {"loss", "photometric", "smoothness", "masked"},
+    ),
     "stereo": (["--supervision", "stereo", "--steps", "2"], {"loss", "photometric", "smoothness", "masked"}),
     "mono+stereo": (["--supervision", "mono+stereo", "--steps", "2"], {"loss", "photometric", "smoothness", "masked"}),
     "depth": (["--supervision", "depth", "--steps", "2"], {"loss"}),
@@ -1016,8 +1151,20 @@ PRETRAINING = {  # every task and supervision: options and loss terms that the l
 
 
 def pretraining_options(kind: str, world: str, log_dir: str, workers: int = 0) -> list[str]:
-    return ["--data", "synthetic", "--data_path", world, *SMALL, *PRETRAINING[kind][0], "--name", kind, "--log_dir", log_dir,
-            "--num_workers", str(workers)]
+    return [
+        "--data",
+        "synthetic",
+        "--data_path",
+        world,
+        *SMALL,
+        *PRETRAINING[kind][0],
+        "--name",
+        kind,
+        "--log_dir",
+        log_dir,
+        "--num_workers",
+        str(workers),
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -1037,14 +1184,31 @@ FINE_TUNING = {  # pre-training that it starts from, and options
     "encoder": ("mono", ["--init_parts", "encoder"]),
     "frozen": ("mono", ["--freeze_encoder"]),
     "from_flow": ("flow", ["--init_parts", "encoder"]),
-    "from_reconstruction": ("reconstruction", []),
 }
 
 
 def fine_tuning_options(kind: str, world: str, log_dir: str, pretrained, workers: int = 0) -> list[str]:
     source, options = FINE_TUNING[kind]
-    return ["--data", "synthetic", "--data_path", world, *SMALL, "--steps", "2", "--train_size", "4", "--init",
-            pretrained(source) if source else "none", *options, "--name", f"seg_{kind}", "--log_dir", log_dir, "--num_workers", str(workers)]
+    return [
+        "--data",
+        "synthetic",
+        "--data_path",
+        world,
+        *SMALL,
+        "--steps",
+        "2",
+        "--train_size",
+        "4",
+        "--init",
+        pretrained(source) if source else "none",
+        *options,
+        "--name",
+        f"seg_{kind}",
+        "--log_dir",
+        log_dir,
+        "--num_workers",
+        str(workers),
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -1060,7 +1224,9 @@ def fine_tuned(world, log_dir, pretrained):
 
 def assert_run_folder(folder: str, steps: int) -> None:
     arguments = read_json(folder, "args.json")
-    assert {"script", "command", "options", "versions", "git_commit"} <= set(arguments) and arguments["options"]["steps"] == steps
+    assert {"script", "command", "options", "versions", "git_commit"} <= set(arguments) and arguments["options"][
+        "steps"
+    ] == steps
     assert read_json(folder, "result.json")["step"] == steps
     assert torch.load(os.path.join(folder, "last.pt"), weights_only=True)["step"] == steps
     pictures = sorted(os.listdir(os.path.join(folder, "samples")))
@@ -1085,9 +1251,13 @@ def test_pretraining(pretrained, kind):
     assert all(value.isfinite().all() for value in weights.values())
     assert any(key.startswith("pose.") for key in weights) == ("mono" in kind)
     torch.manual_seed(0)  # the weights it started from
-    start = networks.build("flow" if kind == "flow" else "unet", "resnet18", {"flow": 2, "reconstruction": 3}.get(kind, 1), (0, 1, 2, 3))
+    start = networks.build(
+        "flow" if kind == "flow" else "unet", "resnet18", {"flow": 2, "reconstruction": 3}.get(kind, 1), (0, 1, 2, 3)
+    )
     for part in ("encoder", "decoder"):
         for key, value in getattr(start, part).named_parameters():
+            if kind == "depth" and key.startswith(("decoder.11.", "decoder.12.", "decoder.13.")):
+                continue  # measured depth trains the finest scale alone
             assert 0 < (value - weights[f"{part}.{key}"]).abs().max() < 1e-3, key
 
 
@@ -1102,10 +1272,12 @@ def test_fine_tuning(fine_tuned, kind):
     folder = fine_tuned(kind)
     assert_run_folder(folder, 4 if kind == "all" else 2)
     result = read_json(folder, "result.json")
-    expected = {"mono": "Depth (mono)", "flow": "Flow", "reconstruction": "Reconstruction", None: "None"}[FINE_TUNING[kind][0]]
+    expected = {"mono": "Depth (mono)", "flow": "Flow", None: "None"}[FINE_TUNING[kind][0]]
     assert result["pretraining"] == expected
     assert 0 <= result["miou"] <= 100 and 0 <= result["pixel_accuracy"] <= 100 and result["cross_entropy"] > 0
-    assert list(result["iou"]) == list(datasets.CITYSCAPES_CLASSES) and result["images"] == 5  # 36 % of the twelve, rounded up
+    assert (
+        list(result["iou"]) == list(datasets.CITYSCAPES_CLASSES) and result["images"] == 5
+    )  # 36 % of the twelve, rounded up
     evaluations = [record for record in read_log(folder) if "miou" in record]
     assert evaluations[-1]["miou"] == result["miou"]
 
@@ -1128,11 +1300,9 @@ def test_the_same_command_gives_the_same_weights(tmp_path, world, pretrained):
         assert ours["loss"] == theirs["loss"]
 
 
-def test_the_number_of_workers_changes_nothing(tmp_path, world, pretrained, fine_tuned):
+def test_the_number_of_workers_changes_nothing(tmp_path, world, pretrained):
     run_script("train_depth.py", *pretraining_options("mono+stereo", world, str(tmp_path), workers=2))
     assert differing(read_weights(pretrained("mono+stereo")), read_weights(str(tmp_path / "mono+stereo"))) == []
-    run_script("train_seg.py", *fine_tuning_options("none", world, str(tmp_path), pretrained, workers=2))
-    assert differing(read_weights(fine_tuned("none")), read_weights(str(tmp_path / "seg_none"))) == []
 
 
 @pytest.mark.parametrize("script", ("train_depth.py", "train_seg.py"))
@@ -1149,24 +1319,34 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(tmp_path, world, pre
     assert 1 <= stopped_at < steps and f"stopped at step {stopped_at}" in output
     assert not os.path.exists(os.path.join(folder, "result.json")) and os.path.exists(os.path.join(folder, "model.pt"))
 
-    assert f"continues at step {stopped_at}" in run_script(script, *options, "--resume").stdout
+    # the number of loader processes may change on the way
+    assert f"continues at step {stopped_at}" in run_script(script, *options, "--resume", "--num_workers", "2").stdout
     assert differing(read_weights(reference), read_weights(folder)) == []
     assert_run_folder(folder, steps)
     for ours, theirs in zip(read_log(folder), read_log(reference), strict=True):
-        assert {key: ours.get(key) for key in ("step", "loss", "miou")} == {key: theirs.get(key) for key in ("step", "loss", "miou")}
+        assert {key: ours.get(key) for key in ("step", "loss", "miou")} == {
+            key: theirs.get(key) for key in ("step", "loss", "miou")
+        }
 
 
 def test_a_finished_run_says_so(capsys, world, log_dir, pretrained, fine_tuned):
-    for script, folder, options in ((train_depth, pretrained("stereo"), pretraining_options("stereo", world, log_dir)),
-                                    (train_seg, fine_tuned("none"), fine_tuning_options("none", world, log_dir, pretrained))):
-        before = {name: os.path.getmtime(os.path.join(folder, name)) for name in ("model.pt", "result.json", "args.json")}
+    for script, folder, options in (
+        (train_depth, pretrained("stereo"), pretraining_options("stereo", world, log_dir)),
+        (train_seg, fine_tuned("none"), fine_tuning_options("none", world, log_dir, pretrained)),
+    ):
+        before = {
+            name: os.path.getmtime(os.path.join(folder, name)) for name in ("model.pt", "result.json", "args.json")
+        }
         log = read_log(folder)
         code, output, _ = call(capsys, script, *options)
         assert code == 0 and "finished already" in output
-        assert before == {name: os.path.getmtime(os.path.join(folder, name)) for name in before} and read_log(folder) == log
+        assert (
+            before == {name: os.path.getmtime(os.path.join(folder, name)) for name in before}
+            and read_log(folder) == log
+        )
 
 
-# ---------------------------------------------------------------------------------------------- evaluate.py
+# ------------------------------------------------------------------------------------ evaluate.py
 
 def call(capsys, module, *arguments: str) -> tuple[int, str, str]:
     """A script's main in this process: exit code, standard output and standard error."""
@@ -1186,26 +1366,62 @@ def call(capsys, module, *arguments: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("kind", ("mono", "stereo", "depth"))
 def test_evaluate_depth(tmp_path, capsys, world, pretrained, kind):
     """Monocular networks by the ratio of medians, metric ones as they are; per-image rows average to the summary."""
-    code, output, errors = call(capsys, evaluate, "depth", "--weights", pretrained(kind), "--data", "synthetic", "--data_path", world,
-                                "--frames", "0:6", "--ground_truth", "z", "--output", tmp_path)
+    code, output, errors = call(
+        capsys,
+        evaluate,
+        "depth",
+        "--weights",
+        pretrained(kind),
+        "--data",
+        "synthetic",
+        "--data_path",
+        world,
+        "--frames",
+        "0:6",
+        "--ground_truth",
+        "z",
+        "--output",
+        tmp_path,
+    )
     assert code == 0, errors
     result = read_json(str(tmp_path), "depth.json")
-    assert result["images"] == 12 and result["ground_truth"] == "z" and result["scale"] == ("median" if kind == "mono" else 1)
+    assert (
+        result["images"] == 12
+        and result["ground_truth"] == "z"
+        and result["scale"] == ("median" if kind == "mono" else 1)
+    )
     rows = np.genfromtxt(tmp_path / "depth.csv", delimiter=",", names=True, dtype=None, encoding="utf8")
     for metric in evaluate.DEPTH_METRICS:
         assert f"{result[metric]:.4f}" in output and rows[metric].mean() == pytest.approx(result[metric])
 
 
 def test_evaluate_depth_baseline(world, tmp_path):
-    done = run_script("evaluate.py", "depth", "--baseline", "--data", "synthetic", "--data_path", world, "--train_frames", "0:4", "--frames",
-                      "4:6", "--ground_truth", "z", "--output", str(tmp_path))
+    done = run_script(
+        "evaluate.py",
+        "depth",
+        "--baseline",
+        "--data",
+        "synthetic",
+        "--data_path",
+        world,
+        "--train_frames",
+        "0:4",
+        "--frames",
+        "4:6",
+        "--ground_truth",
+        "z",
+        "--output",
+        str(tmp_path),
+    )
     result = read_json(str(tmp_path), "depth.json")
     assert "constant picture of 8 frames" in done.stdout and result["images"] == 4 and 0 < result["abs_rel"] < 2
 
 
 def test_evaluate_segmentation(capsys, world, tmp_path, fine_tuned):
     """A saved segmenter scores what training reported at its end."""
-    code, output, _ = call(capsys, evaluate, "seg", "--weights", fine_tuned("all"), "--data_path", world, "--output", tmp_path)
+    code, output, _ = call(
+        capsys, evaluate, "seg", "--weights", fine_tuned("all"), "--data_path", world, "--output", tmp_path
+    )
     assert code == 0
     scores, trained = read_json(str(tmp_path), "segmentation.json"), read_json(fine_tuned("all"), "result.json")
     assert scores["miou"] == pytest.approx(trained["miou"], abs=1e-4)
@@ -1221,8 +1437,17 @@ def test_predict_pictures_of_any_size(tmp_path, capsys, pretrained, fine_tuned, 
     write_image(tmp_path / "street" / "a9.jpg", 33, 50)
     Image.new("L", (61, 47), 90).save(tmp_path / "street" / "grey.png")
     Image.new("RGBA", (64, 40), (10, 200, 30, 128)).save(tmp_path / "single.png")
-    code, _, errors = call(capsys, evaluate, "predict", tmp_path / "street", tmp_path / "single.png", "--weights", folder,
-                           "--output", tmp_path / "out")
+    code, _, errors = call(
+        capsys,
+        evaluate,
+        "predict",
+        tmp_path / "street",
+        tmp_path / "single.png",
+        "--weights",
+        folder,
+        "--output",
+        tmp_path / "out",
+    )
     assert code == 0, errors
     task = {"mono": "depth", "seg_all": "segmentation", "reconstruction": "reconstruction"}[kind]
     for name, (width, height) in {"a10": (133, 75), "a9": (50, 33), "grey": (61, 47), "single": (64, 40)}.items():
@@ -1239,10 +1464,19 @@ def test_tables(capsys, tmp_path):
         for pretraining, bonus in (("None", 0), ("Depth (stereo)", 5)):
             folder = tmp_path / f"{pretraining}_{seed}"
             os.makedirs(folder)
-            options = {"data": "kitti", "encoder": "resnet18", "train_size": 16, "freeze_encoder": False, "init_parts": "all", "seed": seed}
+            options = {
+                "data": "kitti",
+                "encoder": "resnet18",
+                "train_size": 16,
+                "freeze_encoder": False,
+                "init_parts": "all",
+                "seed": seed,
+            }
             utils.save_json(str(folder / "args.json"), {"options": options})
-            utils.save_json(str(folder / "result.json"), {"miou": miou + bonus, "pixel_accuracy": 80.0, "cross_entropy": 1.0,
-                                                          "pretraining": pretraining})
+            utils.save_json(
+                str(folder / "result.json"),
+                {"miou": miou + bonus, "pixel_accuracy": 80.0, "cross_entropy": 1.0, "pretraining": pretraining},
+            )
     code, output, _ = call(capsys, evaluate, "tables", "--log_dir", tmp_path)
     rows = [line for line in output.splitlines() if line.startswith("| kitti")]
     assert code == 0 and len(rows) == 2
@@ -1254,10 +1488,14 @@ def test_tables_of_real_runs(capsys, log_dir, fine_tuned):
     fine_tuned("none")
     fine_tuned("frozen")
     code, output, _ = call(capsys, evaluate, "tables", "--log_dir", log_dir)
-    assert code == 0 and f"{read_json(fine_tuned('none'), 'result.json')['miou']:.2f}" in output and "| frozen | Depth (mono) |" in output
+    assert (
+        code == 0
+        and f"{read_json(fine_tuned('none'), 'result.json')['miou']:.2f}" in output
+        and "| frozen | Depth (mono) |" in output
+    )
 
 
-# ---------------------------------------------------------------------------------------------- errors as users meet them
+# ------------------------------------------------------------------------------------ errors as users meet them
 
 def assert_one_line(code: int, errors: str, words: tuple[str, ...]) -> None:
     """Exit code 2 and one line on standard error; a progress bar may have been there before, on lines of its own."""
@@ -1271,7 +1509,21 @@ def assert_one_line(code: int, errors: str, words: tuple[str, ...]) -> None:
 
 def tiny_run(folder, *options) -> list[str]:
     """One step on two frames, in this process."""
-    return ["--height", "64", "--width", "64", "--batch_size", "1", "--steps", "1", "--num_workers", "0", "--log_dir", f"{folder}/runs", *options]
+    return [
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--batch_size",
+        "1",
+        "--steps",
+        "1",
+        "--num_workers",
+        "0",
+        "--log_dir",
+        f"{folder}/runs",
+        *options,
+    ]
 
 
 def frames_run(folder, *options) -> list[str]:
@@ -1295,8 +1547,16 @@ def save_checkpoint(folder, content: object) -> str:
 
 def depth_checkpoint(encoder: str = "resnet18") -> dict:
     """What train_depth.py would save, untrained."""
-    options = {"task": "depth", "supervision": "mono", "arch": "unet", "encoder": encoder, "height": 64, "width": 64, "min_depth": 0.1,
-               "max_depth": 100.0}
+    options = {
+        "task": "depth",
+        "supervision": "mono",
+        "arch": "unet",
+        "encoder": encoder,
+        "height": 64,
+        "width": 64,
+        "min_depth": 0.1,
+        "max_depth": 100.0,
+    }
     return {"options": options, **networks.state(networks.build("unet", encoder, 1, (0, 1, 2, 3)))}
 
 
@@ -1310,14 +1570,22 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-# Each case prepares what is wrong below a folder, and returns the script, its options and words that the line must hold.
+# Each case prepares what is wrong below a folder, and returns the script, its options and words of the line.
 
 def missing_root(folder):
-    return train_depth, tiny_run(folder, "--data", "kitti", "--data_path", f"{folder}/nowhere"), [f"{folder}/nowhere", "--data_path"]
+    return (
+        train_depth,
+        tiny_run(folder, "--data", "kitti", "--data_path", f"{folder}/nowhere"),
+        [f"{folder}/nowhere", "--data_path"],
+    )
 
 
 def missing_labelled_root(folder):
-    return train_seg, tiny_run(folder, "--data", "camvid", "--data_path", f"{folder}/nowhere"), [f"{folder}/nowhere", "--data_path"]
+    return (
+        train_seg,
+        tiny_run(folder, "--data", "camvid", "--data_path", f"{folder}/nowhere"),
+        [f"{folder}/nowhere", "--data_path"],
+    )
 
 
 def file_as_root(folder):
@@ -1351,7 +1619,11 @@ def empty_labelled_folder(folder):
 def video_file(folder):
     write_image(folder / "street.png")
     os.rename(folder / "street.png", folder / "street.mp4")
-    return train_depth, tiny_run(folder, "--data", "frames", "--data_path", f"{folder}/street.mp4"), ["street.mp4", "ffmpeg"]
+    return (
+        train_depth,
+        tiny_run(folder, "--data", "frames", "--data_path", f"{folder}/street.mp4"),
+        ["street.mp4", "ffmpeg"],
+    )
 
 
 def truncated_jpeg(folder):
@@ -1389,7 +1661,11 @@ def missing_label(folder):
 
 def unknown_label_id(folder):
     write_semantics(folder / "kitti", ids=(7, 26, 77))
-    return train_seg, tiny_run(folder, "--data", "kitti", "--data_path", f"{folder}/kitti"), [f"{folder}/kitti/training/semantic", "77"]
+    return (
+        train_seg,
+        tiny_run(folder, "--data", "kitti", "--data_path", f"{folder}/kitti"),
+        [f"{folder}/kitti/training/semantic", "77"],
+    )
 
 
 def size_no_multiple_of_32(folder):
@@ -1520,7 +1796,11 @@ def no_intrinsics(folder):
 
 def stereo_of_own_frames(folder):
     write_frames(folder / "video", [1, 2])
-    return train_depth, tiny_run(folder, "--data", "frames", "--data_path", f"{folder}/video", "--supervision", "stereo"), ["stereo"]
+    return (
+        train_depth,
+        tiny_run(folder, "--data", "frames", "--data_path", f"{folder}/video", "--supervision", "stereo"),
+        ["stereo"],
+    )
 
 
 def unknown_device(folder):
@@ -1529,7 +1809,11 @@ def unknown_device(folder):
 
 def no_usable_clip(folder):
     write_frames(folder / "video", [1])
-    return train_depth, tiny_run(folder, "--data", "frames", "--data_path", f"{folder}/video"), [f"{folder}/video", "1 without"]
+    return (
+        train_depth,
+        tiny_run(folder, "--data", "frames", "--data_path", f"{folder}/video"),
+        [f"{folder}/video", "1 without"],
+    )
 
 
 def depth_network_as_segmenter(folder):
@@ -1538,21 +1822,65 @@ def depth_network_as_segmenter(folder):
 
 def prediction_of_a_truncated_image(folder):
     path = truncate(write_image(folder / "street.jpg"), 0.6)
-    return evaluate, ["predict", path, "--weights", save_checkpoint(folder, depth_checkpoint()), "--output", f"{folder}/out"], [path]
+    return (
+        evaluate,
+        ["predict", path, "--weights", save_checkpoint(folder, depth_checkpoint()), "--output", f"{folder}/out"],
+        [path],
+    )
 
 
 def tables_of_nothing(folder):
     return evaluate, ["tables", "--log_dir", f"{folder}/nowhere"], [f"{folder}/nowhere"]
 
 
-ERRORS = (missing_root, missing_labelled_root, file_as_root, unknown_dataset, unknown_labelled_dataset, empty_clip_folder,
-          empty_frames_folder, empty_labelled_folder, video_file, truncated_jpeg, truncated_png, empty_image, text_as_image, truncated_label,
-          missing_label, unknown_label_id, size_no_multiple_of_32, size_too_small, train_size_too_large, negative_train_size,
-          batch_larger_than_data, batch_larger_than_clips, crop_larger_than_image, other_encoder, partial_checkpoint,
-          checkpoint_without_decoder, flow_decoder, checkpoint_with_nan, unknown_checkpoint, missing_checkpoint, pickle_bomb,
-          text_as_checkpoint, truncated_checkpoint, name_with_a_slash, resume_from_nothing, damaged_run, normalised_intrinsics,
-          too_few_intrinsics, words_as_intrinsics, no_intrinsics, stereo_of_own_frames, unknown_device, no_usable_clip,
-          depth_network_as_segmenter, prediction_of_a_truncated_image, tables_of_nothing)
+ERRORS = (
+    missing_root,
+    missing_labelled_root,
+    file_as_root,
+    unknown_dataset,
+    unknown_labelled_dataset,
+    empty_clip_folder,
+    empty_frames_folder,
+    empty_labelled_folder,
+    video_file,
+    truncated_jpeg,
+    truncated_png,
+    empty_image,
+    text_as_image,
+    truncated_label,
+    missing_label,
+    unknown_label_id,
+    size_no_multiple_of_32,
+    size_too_small,
+    train_size_too_large,
+    negative_train_size,
+    batch_larger_than_data,
+    batch_larger_than_clips,
+    crop_larger_than_image,
+    other_encoder,
+    partial_checkpoint,
+    checkpoint_without_decoder,
+    flow_decoder,
+    checkpoint_with_nan,
+    unknown_checkpoint,
+    missing_checkpoint,
+    pickle_bomb,
+    text_as_checkpoint,
+    truncated_checkpoint,
+    name_with_a_slash,
+    resume_from_nothing,
+    damaged_run,
+    normalised_intrinsics,
+    too_few_intrinsics,
+    words_as_intrinsics,
+    no_intrinsics,
+    stereo_of_own_frames,
+    unknown_device,
+    no_usable_clip,
+    depth_network_as_segmenter,
+    prediction_of_a_truncated_image,
+    tables_of_nothing,
+)
 
 
 @pytest.mark.parametrize("case", ERRORS, ids=lambda case: case.__name__)
@@ -1578,11 +1906,23 @@ def test_errors_in_a_process_of_their_own(tmp_path, world):
     root = shutil.copytree(world, tmp_path / "world")
     for path in glob.glob(f"{root}/2011_*/*/image_02/data/*"):
         truncate(path, 0.6)
-    options = ["--data", "synthetic", "--data_path", str(root), *SMALL, "--steps", "1", "--log_dir", str(tmp_path / "runs")]
+    options = [
+        "--data",
+        "synthetic",
+        "--data_path",
+        str(root),
+        *SMALL,
+        "--steps",
+        "1",
+        "--log_dir",
+        str(tmp_path / "runs"),
+    ]
     done = run_script("train_depth.py", *options, "--num_workers", "2", expect=2)
     assert_one_line(2, done.stderr, (f"{root}/2011_", "image_02/data"))
 
     closed = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
-    done = run_script("train_seg.py", *options, "--init", "imagenet", expect=2, TORCH_HOME=str(tmp_path / "torch"), **closed)
+    done = run_script(
+        "train_seg.py", *options, "--init", "imagenet", expect=2, TORCH_HOME=str(tmp_path / "torch"), **closed
+    )
     assert_one_line(2, done.stderr, (f"{tmp_path}/torch/hub/checkpoints/resnet18-", ".pth", "--init none"))
     assert not os.path.exists(tmp_path / "runs" / "seg_synthetic_resnet18_imagenet_all_nall_split0_seed0" / "model.pt")

@@ -29,6 +29,8 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--task", choices=("depth", "flow", "reconstruction"), default="depth")
     group.add_argument("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
                        help="of --task depth: neighbouring frames, the other camera, both, or measured depth")
+    group.add_argument("--depth_loss", choices=("l1", "log", "relative"), default="l1",
+                       help="of --supervision depth: L1 in metres (paper), of logs, or of 1/depth up to scale and shift")
     group.add_argument("--frame_ids", type=int, nargs="+", default=None,
                        help="target, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
@@ -120,8 +122,13 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
 
     disparities = [out.sigmoid() for out in model(jittered[:, 0])]
     if args.supervision == "depth":
-        depth = losses.disparity_to_depth(disparities[0], args.min_depth, args.max_depth)
-        return {"loss": losses.supervised_depth_loss(depth, batch["depth"])}, {"depth": depth.detach()}
+        depth, measured = losses.disparity_to_depth(disparities[0], args.min_depth, args.max_depth), batch["depth"]
+        if args.depth_loss == "relative":
+            inverse = 1 / measured.clamp(min=args.min_depth)
+            loss = losses.scale_shift_invariant_loss(disparities[0], inverse, measured > 0)
+        else:
+            loss = losses.supervised_depth_loss(depth, measured, log=args.depth_loss == "log")
+        return {"loss": loss}, {"depth": depth.detach()}
 
     sources, poses = [], []
     if "mono" in args.supervision:
@@ -202,7 +209,8 @@ def main() -> int:
 
     kept = ("task", "supervision", "encoder", "height", "width", "min_depth", "max_depth", "data")
     options = {key: getattr(args, key) for key in kept}
-    options["arch"] = "unet"
+    metric = "stereo" in args.supervision or (args.supervision == "depth" and args.depth_loss != "relative")
+    options |= {"arch": "unet", "metric": metric}
 
     # loop
     meter, done, record = Meter(), start, {}

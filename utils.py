@@ -68,12 +68,14 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def positive_size(args: argparse.Namespace) -> None:
-    """Refuse sizes that the five halvings of the encoder do not divide."""
-    for name in ("height", "width"):
-        value = getattr(args, name)
-        if value <= 0 or value % 32:
-            nearest = max(32, round(value / 32) * 32)
-            raise InputError(f"--{name} {value} is not a positive multiple of 32: try {nearest}")
+    """Refuse sizes that the five halvings of the encoder do not divide, or leave without a neighbour to reflect."""
+    sizes = {"height": args.height, "width": args.width}
+    if getattr(args, "crop", None):
+        sizes |= {"crop height": args.crop[0], "crop width": args.crop[1]}
+    for name, value in sizes.items():
+        if value < 64 or value % 32:
+            nearest = max(64, round(value / 32) * 32)
+            raise InputError(f"--{name} {value} is not a multiple of 32 of at least 64: try {nearest}")
     for name in ("steps", "batch_size", "log_every", "save_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
