@@ -647,7 +647,7 @@ class Labelled(Dataset):
         if index not in self.cached:
             image, label = read_image(self.pairs[index][0]), self.native_label(index)
             aspects = image.shape[2] / image.shape[1], label.shape[1] / label.shape[0]
-            if abs(aspects[0] / aspects[1] - 1) > 0.01:  # some of KITTI's images are a few pixels smaller than their labels
+            if abs(aspects[0] / aspects[1] - 1) > 0.01:  # some copies of KITTI hold images a few pixels off their labels
                 raise InputError(f"{self.pairs[index][1]}: label is {tuple(label.shape)}, "
                                  f"its image {tuple(image.shape[1:])}")
             # nearest-exact takes the pixel at the new pixel's centre; any interpolation would invent ids

@@ -270,7 +270,8 @@ def depth_command(args: argparse.Namespace) -> int:
             raise InputError(f"{args.weights} was trained for {options['task']}, not for depth")
         model.to(device)
         dataset = test_clips(args, args.frames, options["height"], options["width"])
-        scale = args.scale or (1.0 if options.get("metric") else STEREO_SCALE if options.get("use_stereo") else "median")
+        default = STEREO_SCALE if options.get("use_stereo") else 1.0 if options.get("metric") else "median"
+        scale = args.scale or default
 
         def inverse_depth(sample: dict) -> np.ndarray:
             disparity = model(sample["frames"][None, 0].to(device).float() / 255)[0].sigmoid()

@@ -127,6 +127,11 @@ def disparity_smoothness(disparity: torch.Tensor, image: torch.Tensor) -> torch.
     return smoothness(disparity / (disparity.mean((2, 3), keepdim=True) + 1e-7), image)
 
 
+def upsample(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A coarse scale's map at full resolution (H, W), where the losses compare."""
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
 def image_pyramid(image: torch.Tensor, levels: int = 4) -> list[torch.Tensor]:
     """The image and its halvings by area: what the coarser scales' smoothness looks at."""
     return [image] + [F.avg_pool2d(image, 2 ** level) for level in range(1, levels)]
@@ -159,9 +164,7 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
 
     photometric, smooth, views = [], [], {}
     for scale, disparity in enumerate(disparities):
-        full = disparity
-        if scale > 0:
-            full = F.interpolate(disparity, target.shape[2:], mode="bilinear", align_corners=False)
+        full = upsample(disparity, target.shape[2:])
         depth = disparity_to_depth(full, min_depth, max_depth)
         warped, valid = zip(*[synthesize(source, depth, K, T) for source, T in zip(sources, poses)])
         errors = [photometric_error(view, target, statistics, ssim) for view in warped]
@@ -224,6 +227,25 @@ def scale_shift_invariant_loss(prediction: torch.Tensor, target: torch.Tensor, v
     return (error * has_pixels).sum() / has_pixels.sum().clamp(min=1)
 
 
+def measured_depth_loss(disparities: list[torch.Tensor], measured: torch.Tensor, min_depth: float, max_depth: float,
+                        kind: str = "l1") -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Supervised depth at four scales and full resolution, which trains every head as the photometric loss does.
+
+    disparities: sigmoid outputs, finest first; measured: (B, 1, H, W) metres, 0 = no measurement; kind: "l1" in metres
+    (paper), "log", or "relative" (1 / depth up to scale and shift). Returns terms ("loss") and views ("depth").
+    """
+    by_scale = []
+    for scale, disparity in enumerate(disparities):
+        full = upsample(disparity, measured.shape[2:])
+        if kind == "relative":
+            by_scale.append(scale_shift_invariant_loss(full, 1 / measured.clamp(min=min_depth), measured > 0))
+        else:
+            depth = disparity_to_depth(full, min_depth, max_depth)
+            by_scale.append(supervised_depth_loss(depth, measured, log=kind == "log"))
+    finest = disparity_to_depth(disparities[0], min_depth, max_depth).detach()
+    return {"loss": torch.stack(by_scale).mean()}, {"depth": finest}
+
+
 # ---------------------------------------------------------------------------------------------- the two baselines
 
 def flow_loss(flows: list[torch.Tensor], pyramid: list[torch.Tensor], source: torch.Tensor,
@@ -241,7 +263,7 @@ def flow_loss(flows: list[torch.Tensor], pyramid: list[torch.Tensor], source: to
     pixels = torch.stack([x, y], -1).to(target.dtype)
     photometric, smooth, weights, views = [], [], [], {}
     for scale, flow in enumerate(flows):
-        full = flow if scale == 0 else 2 ** scale * F.interpolate(flow, (H, W), mode="bilinear", align_corners=False)
+        full = 2 ** scale * upsample(flow, (H, W))
         warped, inside = sample(source, pixels + full.permute(0, 2, 3, 1))
         error = photometric_error(warped, target, statistics)
         photometric.append((error * inside).sum() / inside.sum().clamp(min=1) if mask_outside else error.mean())

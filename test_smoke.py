@@ -1926,3 +1926,84 @@ def test_errors_in_a_process_of_their_own(tmp_path, world):
     )
     assert_one_line(2, done.stderr, (f"{tmp_path}/torch/hub/checkpoints/resnet18-", ".pth", "--init none"))
     assert not os.path.exists(tmp_path / "runs" / "seg_synthetic_resnet18_imagenet_all_nall_split0_seed0" / "model.pt")
+
+
+# ------------------------------------------------------------------------------------ the synthetic world
+
+def street_views(seed: int) -> tuple[datasets.StreetWorld, np.ndarray, dict]:
+    """A street, its K, and two frames and the right camera of the first: (pose, time, what was rendered) by name."""
+    street, K, right = datasets.StreetWorld(seed), datasets.camera_matrix(64, 208), np.eye(4)
+    right[0, 3] = datasets.BASELINE
+    cameras = {"now": (street.pose(5), 5), "next": (street.pose(6), 6), "right": (street.pose(5) @ right, 5)}
+    return street, K, {name: (pose, time, street.render(pose, time, K, 64, 208)) for name, (pose, time) in cameras.items()}
+
+
+@pytest.mark.parametrize("other", ("next", "right"))
+@pytest.mark.parametrize("seed", (0, 3))
+def test_the_synthetic_world_is_photometrically_consistent(seed, other):
+    """Exact depth and pose explain the other view where the scene stands still; exact flow explains moving cars too."""
+    street, K, views = street_views(seed)
+    (pose, time, view), (other_pose, other_time, other_view) = views["now"], views[other]
+    image, source = (torch.from_numpy(v["image"]).permute(2, 0, 1)[None] / 255 for v in (view, other_view))
+    depth = torch.from_numpy(np.where(np.isinf(view["depth"]), 1e6, view["depth"]))[None, None].float()
+    T = torch.from_numpy(np.linalg.inv(other_pose) @ pose)[None].float()
+    warped, valid = losses.synthesize(source, depth, torch.from_numpy(K)[None].float(), T)
+
+    flow = street.flow(view, pose, time, other_pose, other_time, K)
+    pixels = torch.from_numpy(flow + np.stack(np.meshgrid(np.arange(208), np.arange(64)), -1))[None].float()
+    by_flow, inside = losses.sample(source, pixels)
+    speeds = np.array(street.anchors)[street.anchor, 2]
+    moving = torch.from_numpy((view["solid"] >= 0) & (speeds[view["solid"]] != 0))
+    unmoved = (source - image).abs().mean(1)[0]
+    for prediction, chosen in ((warped, valid[0, 0] & ~moving), (by_flow, inside[0, 0])):
+        error = (prediction - image).abs().mean(1)[0]
+        assert error[chosen].median() < 0.02
+        assert error[chosen].mean() < 0.5 * unmoved[chosen].mean()
+    if other == "next":  # a static world would not explain the cars
+        assert moving.any() and (by_flow - image).abs().mean(1)[0][moving & inside[0, 0]].median() < 0.03
+
+
+def test_the_synthetic_world_on_disk(world, tmp_path):
+    """LiDAR read through KITTI's code is the exact depth, K the renderer's, labels the eight classes, bytes repeatable."""
+    clips = datasets.KittiRaw(world, ["0", "s"], cameras="l", with_depth=True, height=64, width=128)
+    assert len(clips) == 12 and not clips.dropped
+    sample, K = clips[1], datasets.camera_matrix(64, 128)
+    assert_close(sample["K"], torch.from_numpy(K).float(), 1e-4)
+    assert sample["stereo_T"][0, 3] == pytest.approx(-datasets.BASELINE, rel=1e-4)
+    street = datasets.StreetWorld(0)
+    exact = street.render(street.pose(1), 1, K, 64, 128)["depth"]
+    measured = sample["depth"][0].numpy()
+    assert (measured > 0).mean() > 0.1
+    np.testing.assert_allclose(measured[measured > 0], exact[measured > 0], rtol=1e-4)
+
+    found = [np.unique(datasets.read_ids(path)) for path in glob.glob(os.path.join(world, "training", "semantic", "*"))]
+    ids = {7, 8, 11, 17, 21, 22, 23, 26}
+    assert len(found) == 12 and all(set(f) <= ids for f in found) and set(np.concatenate(found)) == ids
+
+    again = str(tmp_path / "again")
+    datasets.render_synthetic(again, drives=2, frames=2, labelled=12, height=64, width=128, seed=0, workers=2)
+    for name in ("training/semantic/000011_10.png", "training/image_2/000003_10.png",
+                 "2011_09_26/2011_09_26_drive_9002_sync/image_03/data/0000000001.png"):
+        with open(os.path.join(world, name), "rb") as one, open(os.path.join(again, name), "rb") as other:
+            assert one.read() == other.read(), name
+    with pytest.raises(utils.InputError, match="exists"):
+        datasets.render_synthetic(again)
+
+
+def test_cached_and_read_samples_are_the_same(world):
+    options = {"with_depth": True, "height": 64, "width": 128, "augment": True}
+    read, cached = (datasets.KittiRaw(world, ["0", "-1", "s"], cache=cache, **options) for cache in (False, True))
+    for item in ((3, (0, 1)), (3, (0, 2)), (3, (0, 1))):  # the second and third come from memory, flipped or not
+        for key, value in read[item].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(cached[item][key])), key
+
+
+def test_near_static_targets_are_left_out(tmp_path):
+    """Frames 2 and 3 show the same picture, so nothing moves between them."""
+    for number, seed in enumerate((1, 2, 2, 3), start=1):
+        picture = (smooth_images(1, 64, 96, seed)[0].permute(1, 2, 0) * 255).byte().numpy()
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    (tmp_path / "intrinsics.txt").write_text("60 60 47.5 31.5")
+    clips = datasets.Frames(str(tmp_path), ["0", "-1"], min_motion=2, height=64, width=96)
+    assert [os.path.basename(s["images"][0]) for s in clips.samples] == ["2.png", "4.png"]
+    assert "1 near-static" in clips.dropped

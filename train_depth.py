@@ -30,7 +30,7 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
                        help="of --task depth: neighbouring frames, the other camera, both, or measured depth")
     group.add_argument("--depth_loss", choices=("l1", "log", "relative"), default="l1",
-                       help="of --supervision depth: L1 in metres (paper), of logs, or of 1/depth up to scale and shift")
+                       help="of --supervision depth: L1 in metres (paper), of logs, or of 1/depth up to scale, shift")
     group.add_argument("--frame_ids", type=int, nargs="+", default=None,
                        help="target, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
@@ -122,13 +122,7 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
 
     disparities = [out.sigmoid() for out in model(jittered[:, 0])]
     if args.supervision == "depth":
-        depth, measured = losses.disparity_to_depth(disparities[0], args.min_depth, args.max_depth), batch["depth"]
-        if args.depth_loss == "relative":
-            inverse = 1 / measured.clamp(min=args.min_depth)
-            loss = losses.scale_shift_invariant_loss(disparities[0], inverse, measured > 0)
-        else:
-            loss = losses.supervised_depth_loss(depth, measured, log=args.depth_loss == "log")
-        return {"loss": loss}, {"depth": depth.detach()}
+        return losses.measured_depth_loss(disparities, batch["depth"], args.min_depth, args.max_depth, args.depth_loss)
 
     sources, poses = [], []
     if "mono" in args.supervision:
