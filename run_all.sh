@@ -5,68 +5,101 @@
 #   bash run_all.sh list                               # print the jobs, one complete command a line, and run nothing
 #   DATA=kitti DATA_PATH=/data/kitti bash run_all.sh   # the same on KITTI with the paper's schedule
 #
-# Finished jobs are skipped, interrupted ones continue. SEEDS="0 1 2" RUNS=runs PYTHON=python are the other settings.
+# Finished jobs are skipped, interrupted ones continue. Other settings: SEEDS="0 1 2", RUNS=runs/$DATA, PYTHON=python and
+# JOBS, how many jobs run at a time (each then prints one line when it ends; its output is in $RUNS/logs).
 set -euo pipefail
 cd "$(dirname "$0")"
 
 DATA=${DATA:-synthetic}
 DATA_PATH=${DATA_PATH:-data/$DATA}
-RUNS=${RUNS:-runs/$DATA}
+export RUNS=${RUNS:-runs/$DATA}
 SEEDS=${SEEDS:-0 1 2}
 PYTHON=${PYTHON:-python}
 
-if [ "$DATA" = synthetic ]; then  # minutes on two CPU cores
-  pretrain="--height 64 --width 192 --batch_size 4 --steps 600 --learning_rate 2e-4 --num_workers 0 --cache"
-  flow=$pretrain reconstruction=$pretrain
-  finetune="--height 64 --width 192 --batch_size 8 --steps 200 --learning_rate 5e-4 --eval_every 50 --num_workers 0"
+if [ "$DATA" = synthetic ]; then  # half an hour on two CPU cores, where one thread a job is the fastest
+  JOBS=${JOBS:-2}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  pretrain="--height 64 --width 192 --batch_size 4 --steps 500 --learning_rate 2e-4 --num_workers 0 --cache"
+  depth="--supervision stereo $pretrain" flow=$pretrain reconstruction=$pretrain
+  finetune="--height 64 --width 192 --batch_size 4 --steps 120 --learning_rate 5e-4 --eval_every 40 --num_workers 0"
 else  # the paper's settings (README, "Protocol")
-  pretrain="--steps 66350 --batch_size 12 --learning_rate 1e-4"
+  JOBS=${JOBS:-1}
+  depth="--supervision mono+stereo --steps 66350 --batch_size 12 --learning_rate 1e-4"
   flow="--steps 249000 --batch_size 8 --learning_rate 5e-5"
   reconstruction="--steps 249000 --batch_size 8 --learning_rate 1e-4 --learning_rate_drop 0.5"
   finetune="--steps 20000 --batch_size 16 --learning_rate 1e-4 --eval_every 1000"
 fi
 
-quote() { printf '%q ' "$@"; }
-
 # job NAME SCRIPT OPTION...: one line, a complete command
 job() {
   local name=$1 script=$2
   shift 2
-  quote "$PYTHON" "$script" --data "$DATA" --data_path "$DATA_PATH" --log_dir "$RUNS" --name "$name" "$@"
+  printf '%q ' "$PYTHON" "$script" --data "$DATA" --data_path "$DATA_PATH" --log_dir "$RUNS" --name "$name" "$@"
   echo
 }
 
 # shellcheck disable=SC2086  # the settings above are words
-jobs_of_all() {
-  job depth train_depth.py --task depth --supervision mono+stereo $pretrain
+pretraining_jobs() {
+  job depth train_depth.py --task depth $depth
   job flow train_depth.py --task flow $flow
   job reconstruction train_depth.py --task reconstruction $reconstruction
-  local seed from init
+}
+
+# shellcheck disable=SC2086
+finetuning_jobs() {
+  local seed init mode from frozen
   for seed in $SEEDS; do
-    for from in none flow reconstruction depth; do
-      case $from in
-        none) init="--init none" ;;
-        flow) init="--init $(quote "$RUNS/flow") --init_parts encoder" ;;  # its decoder takes two frames' features
-        *) init="--init $(quote "$RUNS/$from")" ;;
+    for init in none flow reconstruction depth; do
+      case $init in
+        none) from=(--init none) ;;
+        flow) from=(--init "$RUNS/flow" --init_parts encoder) ;;  # its decoder takes two frames' features
+        *) from=(--init "$RUNS/$init") ;;
       esac
       for mode in all frozen; do
-        job "seg_${from}_${mode}_seed$seed" train_seg.py --train_size 16 --split_seed "$seed" --seed "$seed" $finetune | tr -d '\n'
-        echo "$init$([ $mode = all ] || echo ' --freeze_encoder')"
+        frozen=()
+        [ $mode = all ] || frozen=(--freeze_encoder)
+        job "seg_${init}_${mode}_seed$seed" train_seg.py --train_size 16 --split_seed "$seed" --seed "$seed" $finetune \
+          "${from[@]}" "${frozen[@]}"
       done
     done
   done
 }
 
-if [ "${1:-}" = list ]; then
-  jobs_of_all
-  exit
-fi
-jobs_of_all | while read -r command; do
-  name=$(sed -E 's/.* --name ([^ ]+) .*/\1/' <<< "$command")
+# one COMMAND: run it unless it is done; exit code 255 stops the others
+one() {
+  local name log
+  name=$(sed -E 's/.* --name ([^ ]+) .*/\1/' <<< "$1")
+  log="$RUNS/logs/$name.txt"
   if [ -f "$RUNS/$name/result.json" ]; then
     echo "done already: $name"
+  elif bash -c "$1" > "$log" 2>&1 < /dev/null; then
+    echo "$(date +%H:%M:%S) $name: $(tail -n 1 "$log")"
   else
-    bash -c "$command" < /dev/null
+    echo "failed: $1" >&2
+    tail -n 3 "$log" >&2
+    exit 255
   fi
-done
-"$PYTHON" evaluate.py tables --log_dir "$RUNS"
+}
+export -f one
+
+case ${1:-all} in
+  list)
+    pretraining_jobs
+    finetuning_jobs
+    ;;
+  all)
+    mkdir -p "$RUNS/logs"
+    if [ "$DATA" = synthetic ] && [ ! -e "$DATA_PATH" ]; then
+      "$PYTHON" datasets.py render --data_path "$DATA_PATH"
+    fi
+    # shellcheck disable=SC2016  # the inner shell expands $0
+    for stage in pretraining_jobs finetuning_jobs; do
+      $stage | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'one "$0"'
+    done
+    "$PYTHON" evaluate.py tables --log_dir "$RUNS"
+    ;;
+  *)
+    echo "error: run_all.sh knows 'list' and no argument, not '$1'" >&2
+    exit 2
+    ;;
+esac

@@ -209,7 +209,7 @@ def main() -> int:
     # loop
     meter, done, record = Meter(), start, {}
     batches = iter(datasets.train_loader(dataset, args, start))
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, smoothing=0.05)
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, disable=None)
     for step in progress:
         waited = time.perf_counter()
         batch = datasets.to_device(next(batches), device)
@@ -245,6 +245,7 @@ def main() -> int:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
     run.finish({"step": done, "samples": len(dataset), **record})
+    print(f"{what}: {done} steps done" + (f", loss {record['loss']:.4f}" if record else ""))
     return 0
 
 

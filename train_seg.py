@@ -130,7 +130,7 @@ def main() -> int:
         run.log({"step": 0, **{key: scores[key] for key in CURVES}})
     meter, done, scores = Meter(), start, {}
     batches = iter(datasets.train_loader(train_set, args, start))
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, smoothing=0.05)
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, disable=None)
     for step in progress:
         waited = time.perf_counter()
         batch = datasets.to_device(next(batches), device)
