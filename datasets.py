@@ -274,7 +274,7 @@ class StepBatches(Sampler):
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
                 if position // self.size != epoch:
                     epoch = position // self.size
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+                    order = np.random.default_rng([self.seed, epoch, 1]).permutation(self.size)  # 1: not an item's draw
                 batch.append((int(order[position % self.size]), (self.seed, position)))
             yield batch
 
@@ -363,13 +363,6 @@ def motion(paths: list[str]) -> float:
     return min((float((source - target).abs().mean()) for source in sources), default=math.inf)
 
 
-def neighbours(index: int, frames: list[int], frame_ids: list[int]) -> list[int] | None:
-    """Positions of the frames `frame_ids` away from position `index`, or None where one is missing."""
-    known = {number: position for position, number in enumerate(frames)}
-    wanted = [frames[index] + offset for offset in frame_ids]
-    return [known[number] for number in wanted] if all(number in known for number in wanted) else None
-
-
 def velodyne_depth(points: np.ndarray, velodyne_to_camera: np.ndarray, P: np.ndarray, shape: tuple[int, int],
                    forward_distance: bool = False, offset: int = 0) -> np.ndarray:
     """LiDAR points projected into a camera: (h, w) metres, 0 = no measurement; the nearest point of a pixel counts.
@@ -421,7 +414,10 @@ class KittiRaw(Clips):
         super().__init__(samples, with_depth=with_depth, **options)
 
     def _targets(self, split, drives, frames, cameras) -> list[tuple[str, int, str]]:
-        """(date/drive, frame number, side): from the split where its drives are here, else every drive that is."""
+        """(date/drive, frame number, side): from the split where its drives are here, else every drive that is.
+
+        Appends to `name` which of them it is.
+        """
         dates = [d for d in list_folder(self.root) if re.fullmatch(r"\d{4}_\d\d_\d\d", d)]
         present = [f"{date}/{drive}" for date in dates for drive in list_folder(os.path.join(self.root, date))
                    if os.path.isdir(os.path.join(self.root, date, drive, "image_02"))]
@@ -437,9 +433,11 @@ class KittiRaw(Clips):
         elif split and frames == (None, None):
             with open(os.path.join(SPLITS, f"eigen_{'test' if split == 'test' else f'zhou_{split}'}.txt")) as file:
                 rows = [line.split() for line in file]
-            rows = [(folder, int(number), side) for folder, number, side in rows if folder in set(present)]
-            if rows:
-                return rows
+            here = [(folder, int(number), side) for folder, number, side in rows if folder in set(present)]
+            if here:
+                self.name += f" (Eigen {split} split, {len(here)} of {len(rows)})"
+                return here
+            self.name += f" (no drive of the Eigen {split} split there: every drive)"
         targets = []
         for folder in present:
             start, stop, _ = slice(*frames).indices(max(self._listing(folder, "l"), default=-1) + 1)
@@ -540,17 +538,18 @@ class Frames(Clips):
         samples, lonely, blind = [], 0, 0
         for folder, paths in self._sequences(root, drives):
             step, numbers = self._numbers(paths)
+            by_number = dict(zip(numbers, paths))
             K, K_from = self._intrinsics(root, folder, fov, paths[0])
             start, stop, _ = slice(*frames).indices(len(paths))
             for position in range(start, stop):
-                places = neighbours(position, numbers, [step * o for o in offsets])
+                images = [by_number.get(numbers[position] + step * offset) for offset in offsets]
                 depth = os.path.join(folder, "depth", os.path.splitext(os.path.basename(paths[position]))[0] + ".png")
-                if places is None:
+                if None in images:
                     lonely += 1
                 elif with_depth and not os.path.isfile(depth):
                     blind += 1
                 else:
-                    samples.append({"images": [paths[p] for p in places], "K": K, "K_from": K_from, "baseline": None,
+                    samples.append({"images": images, "K": K, "K_from": K_from, "baseline": None,
                                     "depth": depth if with_depth else None})
         self.dropped = ", ".join(f"{count} without {what}" for count, what in
                                  ((lonely, "all their source frames"), (blind, "a depth image")) if count)
@@ -647,7 +646,7 @@ class Labelled(Dataset):
         if index not in self.cached:
             image, label = read_image(self.pairs[index][0]), self.native_label(index)
             aspects = image.shape[2] / image.shape[1], label.shape[1] / label.shape[0]
-            if abs(aspects[0] / aspects[1] - 1) > 0.01:  # some copies of KITTI hold images a few pixels off their labels
+            if abs(aspects[0] / aspects[1] - 1) > 0.01:  # copies of KITTI hold images a few pixels off their labels
                 raise InputError(f"{self.pairs[index][1]}: label is {tuple(label.shape)}, "
                                  f"its image {tuple(image.shape[1:])}")
             # nearest-exact takes the pixel at the new pixel's centre; any interpolation would invent ids
@@ -1265,11 +1264,11 @@ def render_drive(drive: Path, seed: int, frames: int, K: np.ndarray, height: int
     np.savetxt(drive / "poses.txt", [pose[:3].ravel() for pose in poses], fmt="%.9e")
 
 
-def render_labelled(folder: Path, seed: int, numbers: range, K: np.ndarray, height: int, width: int) -> None:
-    """Render images of one world, far apart in time, and write them with their labels under the given numbers."""
-    world = StreetWorld(seed)
-    for time, number in enumerate(numbers):
-        view = world.render(world.pose(40 * time), 40 * time, K, height, width)
+def render_labelled(folder: Path, seeds: range, numbers: range, K: np.ndarray, height: int, width: int) -> None:
+    """Render one image of each world, somewhere along its street, and write them with their labels."""
+    for seed, number in zip(seeds, numbers):
+        world, time = StreetWorld(seed), 37 * number % 300
+        view = world.render(world.pose(time), time, K, height, width)
         save_image(folder / "image_2" / f"{number:06d}_10.png", view["image"])
         save_image(folder / "semantic" / f"{number:06d}_10.png", view["label"])
 
@@ -1279,11 +1278,11 @@ def run_job(job: partial) -> None:
     job()
 
 
-def render_synthetic(root: str | Path, drives: int = 8, frames: int = 40, labelled: int = 200, height: int = 128,
+def render_synthetic(root: str | Path, drives: int = 8, frames: int = 32, labelled: int = 200, height: int = 128,
                      width: int = 416, seed: int = 0, workers: int = 2) -> None:
     """Write the data set to `root`, which must not exist yet and appears only once everything is rendered.
 
-    The labelled images show other worlds than the drives do, ten images each. Drives count from 9001, so that none is
+    Each labelled image shows a world of its own, none that the drives show. Drives count from 9001, so that none is
     taken for one of KITTI's splits.
     """
     root = Path(root)
@@ -1296,8 +1295,8 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 40, labell
     seeds = range(1000 * seed, 1000 * (seed + 1))  # drives from the first on, labelled worlds from the middle on
     jobs = [partial(render_drive, day / f"{day.name}_drive_{9001 + i}_sync", seeds[i], frames, *camera)
             for i in range(drives)]
-    jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i // 10],
-                     range(i, min(i + 10, labelled)), *camera) for i in range(0, labelled, 10)]
+    jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i:], range(i, min(i + 10, labelled)), *camera)
+             for i in range(0, labelled, 10)]
     with get_context("fork").Pool(workers) as pool:
         for _ in tqdm(pool.imap_unordered(run_job, jobs), total=len(jobs), desc="rendering worlds"):
             pass
@@ -1336,7 +1335,7 @@ def main() -> int:
     render = commands.add_parser("render", help="write the synthetic street world in KITTI's layout")
     render.add_argument("--data_path", default="data/synthetic")
     render.add_argument("--drives", type=int, default=8, help="for pre-training, each another street")
-    render.add_argument("--frames", type=int, default=40, help="stereo pairs a drive")
+    render.add_argument("--frames", type=int, default=32, help="stereo pairs a drive")
     render.add_argument("--labelled", type=int, default=200, help="labelled images, of other streets")
     render.add_argument("--height", type=int, default=128)
     render.add_argument("--width", type=int, default=416)

@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from utils import InputError, pick_device, run_main, save_json
 
 DEPTH_METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3")
 STEREO_SCALE = 5.4  # metres in the unit of Monodepth2's stereo weights, whose baseline is 0.1
+TABLE_ORDER = ("None", "ImageNet", "Flow", "Reconstruction", "Depth")
 RELEASE_CLASSES = (0, 1, 2, 8, 9, 10, 13)  # train ids of the 7 classes that the authors' release averages
 
 
@@ -59,8 +61,8 @@ def evaluate_depth_image(inverse_depth: np.ndarray, measured: np.ndarray, scale:
     """Eigen protocol for one image.
 
     inverse_depth: (h, w) 1 / metres (or up to scale), of any size; measured: (H, W) metres, 0 = no measurement.
-    scale: "median" (ratio of medians) or a factor that makes metres of the prediction. Without the crop, every measured
-    pixel counts.
+    scale: a factor that makes metres of the prediction, "median" (ratio of medians) or, for relative depth, "affine"
+    (least-squares scale and shift of inverse depth). Without the crop every measured pixel counts, however far.
     Returns the seven metrics, "ratio" (of medians), "scale" (used) and "pixels"; empty when nothing was measured.
     """
     H, W = measured.shape
@@ -75,7 +77,11 @@ def evaluate_depth_image(inverse_depth: np.ndarray, measured: np.ndarray, scale:
         valid = measured > 0
     if not valid.any():
         return {}
-    measured, predicted = measured[valid], 1 / resized[valid]
+    measured, inverse = measured[valid], resized[valid]
+    if scale == "affine":
+        slope, shift = np.linalg.lstsq(np.c_[inverse, np.ones_like(inverse)], 1 / measured, rcond=None)[0]
+        inverse, scale = (slope * inverse + shift).clip(1 / max_depth), 1.0
+    predicted = 1 / inverse
     ratio = float(np.median(measured) / np.median(predicted))
     factor = ratio if scale == "median" else scale
     return {**depth_errors(measured, (predicted * factor).clip(min_depth, max_depth)), "ratio": ratio, "scale": factor,
@@ -129,11 +135,14 @@ def confusion_matrix(label: torch.Tensor, prediction: torch.Tensor, classes: int
 
 
 def segmentation_scores(confusion: torch.Tensor) -> dict:
-    """mIoU and pixel accuracy in percent over a whole data set; classes that occur in neither map do not count."""
+    """mIoU and pixel accuracy in percent over a whole data set.
+
+    The mean is over the classes that the labels show: the same classes for every model, whatever it predicts.
+    """
     counts = confusion.double()
-    correct = counts.diag()
-    union = counts.sum(0) + counts.sum(1) - correct
-    iou = torch.where(union > 0, 100 * correct / union.clamp(min=1), torch.nan)
+    correct, labelled = counts.diag(), counts.sum(1)
+    union = counts.sum(0) + labelled - correct
+    iou = torch.where(labelled > 0, 100 * correct / union.clamp(min=1), torch.nan)
     return {"miou": float(iou.nanmean()), "pixel_accuracy": float(100 * correct.sum() / counts.sum().clamp(min=1)),
             "iou": iou.tolist()}
 
@@ -229,21 +238,26 @@ def to_picture(image: torch.Tensor) -> Image.Image:
 def test_clips(args: argparse.Namespace, frames: tuple, height: int, width: int) -> datasets.KittiRaw:
     """Left-camera test frames with ground truth: the Eigen test split, or the frames asked for."""
     cls, root = datasets.find_data(args.data, args.data_path, datasets.CLIPS)
+    if args.baseline and args.train_frames == (None, None):
+        raise InputError("--baseline needs --train_frames, the frames whose LiDAR makes the picture")
     if cls is not datasets.KittiRaw:
         raise InputError(f"evaluate.py depth needs LiDAR in KITTI's layout; --data {args.data} has none")
     options = {"drives": args.drives, "frames": tuple(frames), "cameras": "l", "height": height, "width": width}
     return cls(root, ["0"], split="test", with_depth=True, **options)
 
 
-def ground_truth(dataset: datasets.KittiRaw, kind: str) -> tuple[str, list]:
-    """What counts, "velodyne_x" (the published protocol) or "z", and what `depth_map` is to read for each sample."""
+def ground_truth(dataset: datasets.KittiRaw, kind: str, exact: bool) -> tuple[str, list]:
+    """What counts, "velodyne_x" (the published protocol) or "z", and what `depth_map` is to read for each sample.
+
+    exact: the data set is ours, so the published protocol's quirks have no place.
+    """
     raw = []
     for sample in dataset.samples:
         image = sample["images"][0]
         folder = os.path.relpath(os.path.dirname(os.path.dirname(os.path.dirname(image))), dataset.root)
         points = dataset.velodyne_file(folder, int(os.path.splitext(os.path.basename(image))[0]))
         raw.append(points and ("velodyne", points, folder, "l", True))
-    if kind == "z" or (kind == "auto" and None in raw):
+    if kind == "z" or (kind == "auto" and (exact or None in raw)):
         return "z", [sample["depth"] for sample in dataset.samples]
     if None in raw:
         raise InputError(f"--ground_truth velodyne_x: {raw.count(None)} of {len(raw)} frames have no velodyne .bin; "
@@ -260,7 +274,7 @@ def depth_command(args: argparse.Namespace) -> int:
         shape = dataset.depth_map(dataset.samples[0]["depth"]).shape
         maps = [training.depth_map(s["depth"]) for s in training.samples]
         picture = constant_depth([m for m in maps if m.shape == shape])
-        scale, what = args.scale or 1.0, f"constant picture of {len(maps)} frames"
+        scale, what = args.scale or 1.0, f"constant picture, median of {len(maps)} frames"
 
         def inverse_depth(sample: dict) -> np.ndarray:
             return 1 / picture
@@ -271,6 +285,8 @@ def depth_command(args: argparse.Namespace) -> int:
         model.to(device)
         dataset = test_clips(args, args.frames, options["height"], options["width"])
         default = STEREO_SCALE if options.get("use_stereo") else 1.0 if options.get("metric") else "median"
+        if options.get("depth_loss") == "relative":
+            default = "affine"
         scale = args.scale or default
 
         def inverse_depth(sample: dict) -> np.ndarray:
@@ -279,7 +295,7 @@ def depth_command(args: argparse.Namespace) -> int:
             return (1 / depth)[0, 0].cpu().numpy()
         what = args.weights
 
-    kind, entries = ground_truth(dataset, args.ground_truth)
+    kind, entries = ground_truth(dataset, args.ground_truth, exact=args.data == "synthetic")
     dataset.with_depth = False
     rows = []
     for index, entry in enumerate(tqdm(entries, desc="depth", disable=None)):
@@ -291,9 +307,9 @@ def depth_command(args: argparse.Namespace) -> int:
         raise InputError(f"{dataset.name}: no measured pixel in any frame")
     result = {**summarise_depth(rows), "ground_truth": kind, "scale": scale, "crop": "none" if args.no_crop else "garg",
               "cap": args.max_eval}
-    scaling = "median scaling" if scale == "median" else f"factor {scale:g}, no median scaling"
-    print(f"{what}: {len(rows)} images of {dataset.name}; ground truth {kind}, {scaling}, cap {args.max_eval:g} m, "
-          f"crop {result['crop']}")
+    scaling = f"{scale} scaling" if isinstance(scale, str) else f"factor {scale:g}, no median scaling"
+    region = "no crop, no cap on the truth" if args.no_crop else f"Garg crop, cap {args.max_eval:g} m"
+    print(f"{what}: {len(rows)} images of {dataset.name}; ground truth {kind}, {scaling}, {region}")
     print("  ".join(f"{key:>8}" for key in DEPTH_METRICS))
     print("  ".join(f"{result[key]:8.4f}" for key in DEPTH_METRICS))
     print(f"ratio of medians: median {result['ratio_median']:.3f}, relative deviation {result['ratio_deviation']:.3f}")
@@ -338,15 +354,18 @@ def predict(model: torch.nn.Module, options: dict, image: torch.Tensor) -> tuple
     if options["task"] == "flow":
         raise InputError("a flow network needs two frames; its pictures are in the samples/ of its run")
     small = resize(image, [options["height"], options["width"]], antialias=True)[None].float() / 255
-    out = F.interpolate(model(small)[0], image.shape[1:], mode="bilinear", align_corners=False)
+    out = model(small)[0]
+    if options["task"] != "segmentation":
+        out = out.sigmoid()
+    out = F.interpolate(out, image.shape[1:], mode="bilinear", align_corners=False)
     if options["task"] == "segmentation":
         label = out[0].argmax(0)
         picture = 0.5 * image / 255 + 0.5 * colour_labels(label[None], options["colours"])[0]
         return picture, label.byte().cpu().numpy()
     if options["task"] == "depth":
-        depth = losses.disparity_to_depth(out.sigmoid(), options["min_depth"], options["max_depth"])
+        depth = losses.disparity_to_depth(out, options["min_depth"], options["max_depth"])
         return colour_depth(depth)[0], depth[0, 0].cpu().numpy()
-    return out[0].sigmoid(), None
+    return out[0], None
 
 
 def list_images(paths: list[str]) -> list[str]:
@@ -386,9 +405,19 @@ def predict_command(args: argparse.Namespace) -> int:
 def grid_command(args: argparse.Namespace) -> int:
     """Images in rows, then what each of several models makes of them (Figure 6)."""
     device = pick_device(args.device)
-    images = [datasets.read_image(path).to(device) for path in list_images(args.images)]
+    if args.images:
+        images = [datasets.read_image(path).to(device) for path in list_images(args.images)]
+        labels = []
+    else:  # four test images of a data set, and their labels
+        cls, root = datasets.find_data(args.data, args.data_path, datasets.LABELLED)
+        dataset = cls(root, "val", height=64, width=64)
+        chosen = range(0, len(dataset), max(1, len(dataset) // 4))[:4]
+        images = [datasets.read_image(dataset.pairs[i][0]).to(device) for i in chosen]
+        labels = [colour_labels(dataset.native_label(i)[None], dataset.colours)[0].to(device) for i in chosen]
     shape = list(images[0].shape[1:])
     columns = [[resize(image, shape, antialias=True) / 255 for image in images]]
+    if labels:
+        columns.append([resize(label, shape, antialias=True) for label in labels])
     for path in args.weights:
         model, options = networks.load_model(path)
         model.to(device)
@@ -398,46 +427,57 @@ def grid_command(args: argparse.Namespace) -> int:
     return 0
 
 
+# options in which the runs of one row may differ
+SAME_RUN = {"name", "seed", "split_seed", "data_path", "init", "log_dir", "resume", "device", "num_workers",
+            "log_every", "eval_every", "save_every"}
+
+
 def tables_command(args: argparse.Namespace) -> int:
     """Mean and deviation over seeds of every fine-tuning in --log_dir, as a Markdown table."""
-    if not os.path.isdir(args.log_dir):
-        raise InputError(f"--log_dir {args.log_dir}: no such folder")
     groups = {}
-    for name in sorted(os.listdir(args.log_dir)):
-        result, arguments = (os.path.join(args.log_dir, name, f) for f in ("result.json", "args.json"))
-        if not (os.path.isfile(result) and os.path.isfile(arguments)):
+    for name in datasets.list_folder(args.log_dir):
+        paths = [os.path.join(args.log_dir, name, file) for file in ("result.json", "args.json")]
+        if not all(map(os.path.isfile, paths)):
             continue
-        with open(result) as file, open(arguments) as other:
-            result, options = json.load(file), json.load(other)["options"]
+        try:
+            result, options = (json.loads(Path(path).read_text()) for path in paths)
+            options = options["options"]
+        except (ValueError, KeyError):
+            raise InputError(f"{os.path.join(args.log_dir, name)}: result.json or args.json is damaged") from None
         if "miou" in result:
-            pretraining = result["pretraining"]
-            if options["init_parts"] == "encoder" and pretraining.startswith(("Depth", "Reconstruction")):
-                pretraining += ", encoder only"
-            key = (options["data"], options["encoder"], options["train_size"] or "all",
-                   "frozen" if options["freeze_encoder"] else "all", pretraining)
-            groups.setdefault(key, []).append(result)
+            setting = json.dumps({k: v for k, v in options.items() if k not in SAME_RUN}, sort_keys=True)
+            groups.setdefault((setting, result["pretraining"]), []).append((result, options))
     if not groups:
         raise InputError(f"{args.log_dir}: no finished fine-tuning there yet")
-    order = ["None", "ImageNet", "Flow", "Reconstruction", "Depth"]
-
-    def rank(key: tuple) -> tuple:
-        place = next((i for i, name in enumerate(order) if key[4].startswith(name)), len(order))
-        return [str(k) for k in key[:4]], place, key[4]
-
-    print("| data | encoder | images | fine-tuned | pre-training | runs | mIoU % | P.Acc % | nats / pixel |")
-    print("|---" * 9 + "|")
-    for key in sorted(groups, key=rank):
-        cells = [*map(str, key), str(len(groups[key]))]
+    print("| data | encoder | images | steps x batch, rate, size | fine-tuned | pre-training | runs "
+          "| mIoU % | P.Acc % | nats / pixel |")
+    print("|---" * 10 + "|")
+    rows = []
+    for (_, pretraining), runs in groups.items():
+        o = runs[0][1]
+        tuned = "frozen" if o["freeze_encoder"] else "all"
+        place = next((i for i, name in enumerate(TABLE_ORDER) if pretraining.startswith(name)), len(TABLE_ORDER))
+        if pretraining != "None" and o["init_parts"] == "encoder":
+            pretraining += ", encoder only"
+        cells = [o["data"], o["encoder"], str(o["train_size"] or "all"),
+                 f"{o['steps']} x {o['batch_size']}, {o['learning_rate']:g}, {o['width']}x{o['height']}",
+                 tuned, pretraining, str(len(runs))]
         for metric, digits in (("miou", 2), ("pixel_accuracy", 2), ("cross_entropy", 3)):
-            values = np.array([result[metric] for result in groups[key]])
+            values = np.array([result[metric] for result, _ in runs])
             deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{deviation}")
+        rows.append((cells[:5], place, cells))
+    for _, _, cells in sorted(rows):
         print(f"| {' | '.join(cells)} |")
     return 0
 
 
 def scale_option(text: str) -> float | str:
-    return text if text == "median" else float(text)
+    if text in ("median", "affine"):
+        return text
+    if float(text) <= 0:
+        raise ValueError
+    return float(text)
 
 
 def main() -> int:
@@ -457,8 +497,8 @@ def main() -> int:
     depth.add_argument("--train_frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
                        help="of --baseline")
     depth.add_argument("--scale", type=scale_option,
-                       help="median, or the factor to metres (default: median for monocular training, "
-                       "1 for our metric networks, 5.4 for Monodepth2's stereo weights)")
+                       help="a factor to metres, median, or affine (default: median for monocular training, affine for "
+                            "--depth_loss relative, 1 for other networks of ours, 5.4 for Monodepth2's stereo weights)")
     depth.add_argument("--ground_truth", choices=("auto", "velodyne_x", "z"), default="auto",
                        help="velodyne_x: forward distance of the raw points, the published protocol; z: camera depth. "
                             "auto: velodyne_x where every frame has raw points")
@@ -482,7 +522,9 @@ def main() -> int:
     images.set_defaults(run=predict_command)
 
     grid = commands.add_parser("grid", help="one picture: images in rows, then a column of predictions for each model")
-    grid.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    grid.add_argument("images", nargs="*", metavar="IMAGE_OR_FOLDER", help="default: four test images of --data")
+    grid.add_argument("--data", default="synthetic")
+    grid.add_argument("--data_path")
     grid.add_argument("--weights", nargs="+", required=True, metavar="WEIGHTS")
     grid.add_argument("--output", default="grid.png")
     grid.set_defaults(run=grid_command)

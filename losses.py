@@ -150,7 +150,7 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
     minimum: the best source counts at each pixel, else their mean. automask: pixels that an unmoved source explains at
     least as well as the warped one do not train (they still count in the reported value, as in Monodepth2).
     mask_outside: views that see a pixel behind them or outside their image do not compete; False compares with the
-    border's colour, as Monodepth2 does.
+    border's colour, as Monodepth2 does. ssim: False leaves L1 alone. Both are for parity and ablations.
     Returns (terms, views): scalars "loss", "photometric", "smoothness", "masked" (share of pixels that do not train);
     finest-scale maps "depth", "warped" (B, sources, 3, H, W) and "mask" (B, 1, H, W) bool, True where it trains.
     """
@@ -221,6 +221,7 @@ def scale_shift_invariant_loss(prediction: torch.Tensor, target: torch.Tensor, v
     p_mean, q_mean = (p * weight).sum(1, keepdim=True) / count, (q * weight).sum(1, keepdim=True) / count
     p_centred, q_centred = (p - p_mean) * weight, (q - q_mean) * weight
     scale = (p_centred * q_centred).sum(1, keepdim=True) / (p_centred ** 2).sum(1, keepdim=True).clamp(min=1e-9)
+    scale = scale.clamp(min=0)  # a negative one would make an inside-out picture a perfect one
     spread = (q_centred.abs().sum(1, keepdim=True) / count).clamp(min=1e-9)
     error = (scale * p_centred - q_centred).abs().sum(1, keepdim=True) / count / spread
     has_pixels = (weight.sum(1, keepdim=True) > 0).float()

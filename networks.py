@@ -177,8 +177,9 @@ def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,)
     raise InputError(f"unknown architecture '{arch}': choose from unet, flow")
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def count(parameters: list[nn.Parameter]) -> int:
+    """Numbers in a list of parameters."""
+    return sum(p.numel() for p in parameters)
 
 
 # ---------------------------------------------------------------------------------------------- weights from elsewhere
@@ -212,6 +213,8 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
                  if os.path.isfile(os.path.join(path, name))}
         if "encoder" not in parts:
             raise InputError(f"{path} holds neither model.pt nor encoder.pth")
+        if ("pose" in parts) != ("pose_encoder" in parts):
+            raise InputError(f"{path}: pose_encoder.pth and pose.pth belong together, one is missing")
         extra = {key: parts["encoder"].pop(key) for key in ("height", "width", "use_stereo") if key in parts["encoder"]}
         first_block = parts["encoder"].get("encoder.layer1.0.conv1.weight", torch.empty(0, 0, 3, 3))
         options = {"task": "depth", "supervision": "Monodepth2", "arch": "unet", "min_depth": 0.1, "max_depth": 100.0,
@@ -238,22 +241,24 @@ def imagenet_checkpoint(encoder: str) -> tuple[str, dict, dict]:
     return "torchvision ResNet (ImageNet)", {"encoder": {f"encoder.{k}": v for k, v in state.items()}}, {}
 
 
-def fit(module: nn.Module, state: dict, name: str, path: str) -> str:
-    """Load one part strictly; only heads of another shape may stay as they are.
+def is_head(module: nn.Module, key: str) -> bool:
+    """Whether a parameter belongs to the last layers of a decoder, which each task replaces."""
+    return isinstance(module, DepthDecoder) and key.startswith(tuple(f"decoder.{i}." for i in range(10, 14)))
+
+
+def fit(module: nn.Module, state: dict, name: str, path: str, keep_head: bool = True) -> str:
+    """Load one part strictly; only heads may stay as they are: of another shape, or all unless `keep_head`.
 
     Returns what was taken, e.g. "decoder 20/22: head replaced".
     """
     own = module.state_dict()
-    heads = {f"decoder.{i}." for i in range(10, 14)} if isinstance(module, DepthDecoder) else set()
-
-    def is_head(key: str) -> bool:
-        return any(key.startswith(head) for head in heads)
-
+    if not keep_head:
+        state = {key: value for key, value in state.items() if not is_head(module, key)}
     state = {key: value for key, value in state.items() if not key.startswith("encoder.fc.")}
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     problems = [f"{k} is {tuple(own[k].shape)} here, {tuple(state[k].shape) if k in state else 'absent'} there"
-                for k in own if k not in fitting and not is_head(k)]
-    problems += [f"{k} is unknown here" for k in state if k not in own and not is_head(k)]
+                for k in own if k not in fitting and not is_head(module, k)]
+    problems += [f"{k} is unknown here" for k in state if k not in own and not is_head(module, k)]
     if problems:
         raise InputError(f"{path} does not fit {name} ({len(fitting)}/{len(own)} tensors): " + "; ".join(problems[:3]))
     bad = [k for k, v in fitting.items() if v.is_floating_point() and not torch.isfinite(v).all()]
@@ -263,14 +268,15 @@ def fit(module: nn.Module, state: dict, name: str, path: str) -> str:
     return f"{name} {len(fitting)}/{len(own)}" + (": head replaced" if len(fitting) < len(own) else "")
 
 
-def load_weights(model: nn.Module, path: str, parts: str = "all", pose: nn.Module | None = None) -> str:
+def load_weights(model: nn.Module, path: str, task: str, parts: str = "all", pose: nn.Module | None = None) -> str:
     """Load a checkpoint ("imagenet" or a path, see `read_checkpoint`) into a model and say what was taken.
 
+    task: what the model is for; the head of a checkpoint of another task is not taken.
     parts: "encoder" leaves the decoder as it is; "all" demands both, unless the file's format has only an encoder.
     pose: a PoseNet to load as well, where the checkpoint has one.
     Raises InputError naming the first mismatches when a part does not fit.
     """
-    source, state, _ = imagenet_checkpoint(model.encoder.name) if path == "imagenet" else read_checkpoint(path)
+    source, state, options = imagenet_checkpoint(model.encoder.name) if path == "imagenet" else read_checkpoint(path)
     if path == "imagenet" and pose is not None:  # the pose network starts there too, both frames with the same filters
         pose_state = imagenet_checkpoint(pose.encoder.name)[1]["encoder"]
         pose_state["encoder.conv1.weight"] = torch.cat([pose_state["encoder.conv1.weight"]] * 2, 1) / 2
@@ -278,7 +284,8 @@ def load_weights(model: nn.Module, path: str, parts: str = "all", pose: nn.Modul
     taken = [fit(model.encoder, state["encoder"], "encoder", path)]
     if parts == "all" and "decoder" in state:
         try:
-            taken.append(fit(model.decoder, state["decoder"], "decoder", path))
+            same_task = options.get("task") == task
+            taken.append(fit(model.decoder, state["decoder"], "decoder", path, keep_head=same_task))
         except InputError as error:
             raise InputError(f"{error} (--init_parts encoder takes the encoder alone)") from None
     elif parts == "all" and not source.startswith("torchvision"):
@@ -311,7 +318,7 @@ def restore(model: nn.Module, parts: dict[str, dict], pose: nn.Module | None = N
 def load_model(path: str) -> tuple[nn.Module, dict]:
     """Rebuild a trained model from `model.pt` or a Monodepth2 folder: (model in eval mode, its options)."""
     source, parts, options = read_checkpoint(path)
-    if "task" not in options:
+    if "task" not in options or "decoder" not in parts:
         raise InputError(f"{path} ({source}) holds only an encoder: nothing to evaluate")
     heads = sorted(k for k in parts["decoder"] if k.endswith(".conv.weight") and k.count(".") == 3)
     channels = parts["decoder"][heads[0]].shape[0]

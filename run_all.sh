@@ -5,8 +5,8 @@
 #   bash run_all.sh list                               # print the jobs, one complete command a line, and run nothing
 #   DATA=kitti DATA_PATH=/data/kitti bash run_all.sh   # the same on KITTI with the paper's schedule
 #
-# Finished jobs are skipped, interrupted ones continue. Other settings: SEEDS="0 1 2", RUNS=runs/$DATA, PYTHON=python and
-# JOBS, how many jobs run at a time (each then prints one line when it ends; its output is in $RUNS/logs).
+# Finished jobs are skipped, interrupted ones continue. Other settings: SEEDS="0 1 2", RUNS=runs/$DATA, PYTHON=python
+# and JOBS, how many jobs run at a time (each prints a line when it ends; its output is in $RUNS/logs).
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -25,8 +25,8 @@ if [ "$DATA" = synthetic ]; then  # half an hour on two CPU cores, where one thr
 else  # the paper's settings (README, "Protocol")
   JOBS=${JOBS:-1}
   depth="--supervision mono+stereo --steps 66350 --batch_size 12 --learning_rate 1e-4"
-  flow="--steps 249000 --batch_size 8 --learning_rate 5e-5"
-  reconstruction="--steps 249000 --batch_size 8 --learning_rate 1e-4 --learning_rate_drop 0.5"
+  flow="--steps 249000 --batch_size 8 --learning_rate 5e-5 --learning_rate_drop 1"
+  reconstruction="--steps 249000 --batch_size 8 --learning_rate_drop 0.5 --learning_rate_factor 0.5"
   finetune="--steps 20000 --batch_size 16 --learning_rate 1e-4 --eval_every 1000"
 fi
 
@@ -49,17 +49,18 @@ pretraining_jobs() {
 finetuning_jobs() {
   local seed init mode from frozen
   for seed in $SEEDS; do
-    for init in none flow reconstruction depth; do
+    for init in none flow reconstruction depth depth-encoder; do
       case $init in
         none) from=(--init none) ;;
         flow) from=(--init "$RUNS/flow" --init_parts encoder) ;;  # its decoder takes two frames' features
+        depth-encoder) from=(--init "$RUNS/depth" --init_parts encoder) ;;  # what is comparable with flow
         *) from=(--init "$RUNS/$init") ;;
       esac
       for mode in all frozen; do
         frozen=()
         [ $mode = all ] || frozen=(--freeze_encoder)
         job "seg_${init}_${mode}_seed$seed" train_seg.py --train_size 16 --split_seed "$seed" --seed "$seed" $finetune \
-          "${from[@]}" "${frozen[@]}"
+          "${from[@]}" ${frozen[@]+"${frozen[@]}"}
       done
     done
   done
@@ -67,18 +68,19 @@ finetuning_jobs() {
 
 # one COMMAND: run it unless it is done; exit code 255 stops the others
 one() {
-  local name log
+  local name log code=0
   name=$(sed -E 's/.* --name ([^ ]+) .*/\1/' <<< "$1")
   log="$RUNS/logs/$name.txt"
   if [ -f "$RUNS/$name/result.json" ]; then
     echo "done already: $name"
-  elif bash -c "$1" > "$log" 2>&1 < /dev/null; then
-    echo "$(date +%H:%M:%S) $name: $(tail -n 1 "$log")"
-  else
-    echo "failed: $1" >&2
-    tail -n 3 "$log" >&2
-    exit 255
+    return
   fi
+  bash -c "$1" > "$log" 2>&1 < /dev/null || code=$?
+  case $code in
+    0) echo "$(date +%H:%M:%S) $name: $(tail -n 1 "$log")" ;;
+    75) echo "stopped, saved: $name" >&2 && exit 255 ;;
+    *) echo "failed with exit code $code: $1" >&2 && tail -n 3 "$log" >&2 && exit 255 ;;
+  esac
 }
 export -f one
 
@@ -96,6 +98,10 @@ case ${1:-all} in
     for stage in pretraining_jobs finetuning_jobs; do
       $stage | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'one "$0"'
     done
+    seed=${SEEDS%% *}
+    "$PYTHON" evaluate.py grid --data "$DATA" --data_path "$DATA_PATH" --output "$RUNS/grid.png" --weights "$RUNS/depth" \
+      "$RUNS/seg_none_all_seed$seed" "$RUNS/seg_flow_all_seed$seed" "$RUNS/seg_reconstruction_all_seed$seed" \
+      "$RUNS/seg_depth_all_seed$seed"
     "$PYTHON" evaluate.py tables --log_dir "$RUNS"
     ;;
   *)

@@ -1935,7 +1935,8 @@ def street_views(seed: int) -> tuple[datasets.StreetWorld, np.ndarray, dict]:
     street, K, right = datasets.StreetWorld(seed), datasets.camera_matrix(64, 208), np.eye(4)
     right[0, 3] = datasets.BASELINE
     cameras = {"now": (street.pose(5), 5), "next": (street.pose(6), 6), "right": (street.pose(5) @ right, 5)}
-    return street, K, {name: (pose, time, street.render(pose, time, K, 64, 208)) for name, (pose, time) in cameras.items()}
+    views = {name: (pose, time, street.render(pose, time, K, 64, 208)) for name, (pose, time) in cameras.items()}
+    return street, K, views
 
 
 @pytest.mark.parametrize("other", ("next", "right"))
@@ -1964,7 +1965,7 @@ def test_the_synthetic_world_is_photometrically_consistent(seed, other):
 
 
 def test_the_synthetic_world_on_disk(world, tmp_path):
-    """LiDAR read through KITTI's code is the exact depth, K the renderer's, labels the eight classes, bytes repeatable."""
+    """LiDAR read through KITTI's code is the exact depth, K the renderer's, labels the classes, bytes repeatable."""
     clips = datasets.KittiRaw(world, ["0", "s"], cameras="l", with_depth=True, height=64, width=128)
     assert len(clips) == 12 and not clips.dropped
     sample, K = clips[1], datasets.camera_matrix(64, 128)

@@ -13,14 +13,13 @@ import os
 import time
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import datasets
 import evaluate
 import losses
 import networks
-from utils import STOPPED, InputError, Meter, Run, add_common_options, pick_device, positive_size, run_main
+from utils import STOPPED, InputError, Meter, Run, add_common_options, check_options, pick_device, run_main, save_json
 
 
 def parse_options() -> argparse.Namespace:
@@ -36,6 +35,8 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
     group.add_argument("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
                        help="of each drive or folder only frames A to B - 1")
+    group.add_argument("--drives", nargs="+", metavar="NAME", help="only these drives or folders, not the split's")
+    group.add_argument("--cache", action="store_true", help="keep resized images in memory (of each loader process)")
     group.add_argument("--min_motion", type=float, default=0, metavar="X",
                        help="leave out targets that differ from a source frame by less than X on average, of 255 "
                             "(try 2 where the camera stands still)")
@@ -60,7 +61,9 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--batch_size", type=int, default=12, help="paper: 12; flow and reconstruction 8")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="of Adam; paper: 1e-4, flow 5e-5")
     group.add_argument("--learning_rate_drop", type=float, default=0.75, metavar="SHARE",
-                       help="divide the learning rate by 10 after this share of the steps (paper: 15 of 20 epochs)")
+                       help="share of the steps after which the learning rate falls (paper: 15 of 20 epochs)")
+    group.add_argument("--learning_rate_factor", type=float, default=0.1, help="by which it then falls (paper: 0.1; "
+                       "reconstruction 0.5 after half of the steps)")
     group.add_argument("--smoothness", type=float, default=None, help="weight of smoothness (paper: 1e-3; flow 2)")
     group.add_argument("--no_automask",
                        action="store_true", help="train on pixels that an unmoved source explains as well")
@@ -80,8 +83,10 @@ def parse_options() -> argparse.Namespace:
     if len(args.frame_ids) < (2 if args.task == "flow" or (args.task == "depth" and "mono" in args.supervision) else 1):
         raise InputError("--frame_ids needs at least one source frame besides 0")
     # the range of Monodepth2's network, 0.1 to 100; with a metric baseline its unit is 5.4 m
-    args.min_depth = args.min_depth or (0.54 if stereo else 1.0 if args.supervision == "depth" else 0.1)
-    args.max_depth = args.max_depth or (540.0 if stereo else 100.0)
+    if args.min_depth is None:
+        args.min_depth = 0.54 if stereo else 1.0 if args.supervision == "depth" else 0.1
+    if args.max_depth is None:
+        args.max_depth = 540.0 if stereo else 100.0
     if not 0 < args.min_depth < args.max_depth:
         raise InputError(f"--min_depth {args.min_depth} and --max_depth {args.max_depth}: 0 < min < max is needed")
     if args.smoothness is None:
@@ -89,13 +94,14 @@ def parse_options() -> argparse.Namespace:
     kind = args.supervision if args.task == "depth" else args.task
     init = args.init if args.init in ("none", "imagenet") else "init"
     args.name = args.name or f"{kind}_{args.data}_{args.encoder}_{init}_seed{args.seed}"
-    positive_size(args)
+    check_options(args)
     return args
 
 
 def make_dataset(args: argparse.Namespace) -> datasets.Clips:
     cls, root = datasets.find_data(args.data, args.data_path, datasets.CLIPS)
-    options = {"fov": args.fov, "depth_scale": args.depth_scale} if issubclass(cls, datasets.Frames) else {}
+    fov = args.fov or (None if args.task == "depth" else 60.0)  # the baselines have no use for K
+    options = {"fov": fov, "depth_scale": args.depth_scale} if issubclass(cls, datasets.Frames) else {}
     stereo = args.task == "depth" and "stereo" in args.supervision
     return cls(root, [str(f) for f in args.frame_ids] + ["s"] * stereo, drives=args.drives, frames=tuple(args.frames),
                with_depth=args.task == "depth" and args.supervision == "depth", height=args.height, width=args.width,
@@ -106,13 +112,13 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
                  generator: torch.Generator) -> tuple[dict, dict]:
     """Loss terms and maps to look at, of one batch. Networks see jittered frames, losses the real ones."""
     frames = batch["frames"]  # (B, F, 3, H, W), target first
-    jittered = datasets.color_jitter(frames, generator)
+    jittered = datasets.color_jitter(frames[:, :len(args.frame_ids)], generator)  # no network sees the other camera
     target = frames[:, 0]
 
     if args.task == "reconstruction":
         removed = datasets.remove_patches(target, generator, args.patches)
         pyramid = losses.image_pyramid(target)
-        images = [out.sigmoid() for out in model(target.masked_fill(removed, 0.45))]  # 0.45 is zero after normalisation
+        images = [out.sigmoid() for out in model(jittered[:, 0].masked_fill(removed, 0.45))]  # 0.45: zero inside
         loss = losses.reconstruction_loss(images, pyramid, removed)
         return {"loss": loss}, {"removed": removed, "reconstruction": images[0].detach()}
 
@@ -154,8 +160,7 @@ def save_pictures(path: str, frames: torch.Tensor, views: dict, count: int = 4) 
         columns.append(views["mask"][:count].float().expand(-1, 3, -1, -1))
     if "removed" in views:
         columns += [frames[:count, 0].masked_fill(views["removed"][:count], 0.45), views["reconstruction"][:count]]
-    grid = torch.cat([torch.cat(list(column), 1) for column in columns], 2)  # (3, count * H, columns * W)
-    Image.fromarray((grid.clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()).save(path)
+    evaluate.to_picture(torch.cat([torch.cat(list(column), 1) for column in columns], 2)).save(path)
 
 
 def main() -> int:
@@ -172,7 +177,9 @@ def main() -> int:
     channels = {"depth": 1, "flow": 2, "reconstruction": 3}[args.task]
     model = networks.build("flow" if args.task == "flow" else "unet", args.encoder, channels, scales=(0, 1, 2, 3))
     pose = networks.PoseNet("resnet18") if args.task == "depth" and "mono" in args.supervision else None
-    taken = networks.load_weights(model, args.init, args.init_parts, pose) if args.init != "none" else "random weights"
+    taken = "random weights"
+    if args.init != "none":
+        taken = networks.load_weights(model, args.init, args.task, args.init_parts, pose)
     model.to(device).train()
     parameters = list(model.parameters())
     if pose is not None:
@@ -194,14 +201,17 @@ def main() -> int:
     what = f"depth ({args.supervision})" if args.task == "depth" else args.task
     print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}"
           + (f" (left out: {dataset.dropped})" * bool(dataset.dropped)))
-    print(f"{args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {taken}; "
+    print(f"{args.encoder}, {networks.count(parameters) / 1e6:.1f} M parameters, {taken}; "
           f"{args.width}x{args.height}, batch {args.batch_size}, {args.steps} steps = "
           f"{args.steps * args.batch_size / len(dataset):.1f} epochs on {device}"
           + (f"; continues at step {start}" if start else ""))
+    if args.data == "camvid":
+        print("these are CamVid's test images: a comparison on CamVid should name this pre-training as transductive")
     if args.task == "depth" and args.supervision == "mono":
         print("monocular video fixes depth up to one unknown scale: it has no metres")
 
-    kept = ("task", "supervision", "encoder", "height", "width", "min_depth", "max_depth", "data")
+    kept = ("task", "supervision", "depth_loss", "encoder", "init", "height", "width", "crop", "min_depth", "max_depth",
+            "data", "seed")
     options = {key: getattr(args, key) for key in kept}
     metric = "stereo" in args.supervision or (args.supervision == "depth" and args.depth_loss != "relative")
     options |= {"arch": "unet", "metric": metric}
@@ -215,7 +225,7 @@ def main() -> int:
         batch = datasets.to_device(next(batches), device)
         waited = time.perf_counter() - waited
         generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-        rate = args.learning_rate * (0.1 if step >= args.learning_rate_drop * args.steps else 1)
+        rate = args.learning_rate * (args.learning_rate_factor if step >= args.learning_rate_drop * args.steps else 1)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -231,20 +241,20 @@ def main() -> int:
 
         if done % args.log_every == 0 or last:
             record = meter.record(args.batch_size)
+            record["learning_rate"] = rate
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
-            run.log({"step": done, **record, "learning_rate": rate})
+            run.log({"step": done, **record})
         if step == 0 or done % args.save_every == 0 or last:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch["frames"], views)
         if done % args.save_every == 0 or last:
-            run.save(done, model=networks.state(model, pose), optimizer=optimizer.state_dict())
-            run.save_model({"options": {**options, "steps": done}, **networks.state(model, pose)})
+            run.save(done, networks.state(model, pose), optimizer, options)
         if last:
             break
 
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
-    run.finish({"step": done, "samples": len(dataset), **record})
+    save_json(run.path("result.json"), {"step": done, "samples": len(dataset), **record})
     print(f"{what}: {done} steps done" + (f", loss {record['loss']:.4f}" if record else ""))
     return 0
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import datasets
 import evaluate
 import networks
-from utils import STOPPED, InputError, Meter, Run, add_common_options, pick_device, positive_size, run_main
+from utils import STOPPED, InputError, Meter, Run, add_common_options, check_options, pick_device, run_main, save_json
 
 CURVES = ("miou", "pixel_accuracy", "cross_entropy")  # logged at every evaluation (Figure 2)
 
@@ -55,7 +55,7 @@ def parse_options() -> argparse.Namespace:
         init = os.path.basename(os.path.normpath(init).removesuffix("/model.pt"))
     args.name = args.name or "_".join(["seg", args.data, args.encoder, init, "frozen" if args.freeze_encoder else "all",
                                        f"n{args.train_size or 'all'}", f"split{args.split_seed}", f"seed{args.seed}"])
-    positive_size(args)
+    check_options(args)
     return args
 
 
@@ -66,7 +66,11 @@ def name_pretraining(init: str) -> str:
     source, _, options = networks.read_checkpoint(init)
     if "task" not in options:
         return source
-    return f"Depth ({options['supervision']})" if options["task"] == "depth" else options["task"].capitalize()
+    name = options["task"].capitalize()
+    if options["task"] == "depth":  # the paper's names: Depth-Rand started from random weights, Depth from ImageNet's
+        name += "-Rand" if options.get("init") == "none" else ""
+        name += f" ({options['supervision']})"
+    return f"{name} on {options['data']}" if "data" in options else name
 
 
 def save_pictures(path: str, batch: dict, logits: torch.Tensor, colours: tuple, count: int = 4) -> None:
@@ -93,7 +97,9 @@ def main() -> int:
     # model
     torch.manual_seed(args.seed)
     model = networks.build(args.arch, args.encoder, channels=len(train_set.classes))
-    taken = networks.load_weights(model, args.init, args.init_parts) if args.init != "none" else "random weights"
+    taken = "random weights"
+    if args.init != "none":
+        taken = networks.load_weights(model, args.init, "segmentation", args.init_parts)
     pretraining = name_pretraining(args.init)
     model.to(device).train()
     if args.freeze_encoder:
@@ -114,7 +120,7 @@ def main() -> int:
         return 0
     print(f"{run.folder}: segmentation of {len(train_set.classes)} classes of {args.data}, {len(train_set)} images for "
           f"training and {len(val_set)} for evaluation")
-    print(f"{args.arch} {args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters"
+    print(f"{args.arch} {args.encoder}, {networks.count(parameters) / 1e6:.1f} M trained parameters"
           f"{' (encoder frozen)' * args.freeze_encoder}, {taken}; {args.width}x{args.height}, batch {args.batch_size}, "
           f"{args.steps} steps on {device}" + (f"; continues at step {start}" if start else ""))
     if absent:
@@ -152,8 +158,9 @@ def main() -> int:
 
         if done % args.log_every == 0 or last:
             record = meter.record(args.batch_size)
+            record["learning_rate"] = rate
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
-            run.log({"step": done, **record, "learning_rate": rate})
+            run.log({"step": done, **record})
         if done % args.eval_every == 0 or done == args.steps:
             scores = evaluate.evaluate_segmentation(model, val_set, device)
             run.log({"step": done, **{key: scores[key] for key in CURVES}})
@@ -161,8 +168,7 @@ def main() -> int:
         if step == 0 or done % args.save_every == 0 or last:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
         if done % args.save_every == 0 or last:
-            run.save(done, model=networks.state(model), optimizer=optimizer.state_dict())
-            run.save_model({"options": {**options, "steps": done}, **networks.state(model)})
+            run.save(done, networks.state(model), optimizer, options)
         if last:
             break
 
@@ -170,7 +176,7 @@ def main() -> int:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
     scores = scores or evaluate.evaluate_segmentation(model, val_set, device)  # killed between last.pt and here
-    run.finish({"step": done, "pretraining": pretraining, **scores})
+    save_json(run.path("result.json"), {"step": done, "pretraining": pretraining, **scores})
     print(f"{pretraining}: mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} %, "
           f"{scores['cross_entropy']:.3f} nats per pixel on {scores['images']} images")
     return 0

@@ -16,16 +16,11 @@ import torch
 from tqdm import tqdm
 
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL: run the command again)
-MAY_CHANGE = {"resume", "device", "num_workers", "log_dir", "log_every", "save_every",
-              "cache"}  # when a run is continued
+MAY_CHANGE = {"resume", "device", "num_workers", "log_dir", "log_every", "save_every", "cache"}  # in a continued run
 
 
 class InputError(Exception):
     """A bad option or input: one line for the user, exit code 2."""
-
-
-class NonFiniteError(Exception):
-    """A loss term that is NaN or infinite: one line, exit code 1, the last checkpoint untouched."""
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -36,13 +31,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         # an error of a loader process comes with its traceback above
         line = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
         sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
-    except NonFiniteError as error:
-        sys.exit(print(f"stopped: {error}", file=sys.stderr) or 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # e.g. `evaluate.py tables | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -51,11 +41,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
     group.add_argument("--height", type=int, default=192, help="pixels, a multiple of 32 (paper: 192)")
     group.add_argument("--width", type=int, default=640, help="pixels, a multiple of 32 (paper: 640)")
-    group.add_argument("--drives", nargs="+", metavar="NAME",
-                       help="only these drives or folders, instead of the split's")
     group.add_argument("--num_workers", type=int, default=2, help="loader processes; 0 loads in this one")
-    group.add_argument("--cache", action="store_true",
-                       help="keep decoded, resized images in memory (of each loader process)")
     group = parser.add_argument_group("run")
     group.add_argument("--name", help="folder below --log_dir (default: made of the options)")
     group.add_argument("--log_dir", default="runs", help="where run folders go")
@@ -67,8 +53,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
 
 
-def positive_size(args: argparse.Namespace) -> None:
-    """Refuse sizes that the five halvings of the encoder do not divide, or leave without a neighbour to reflect."""
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range, and sizes that five halvings do not divide or leave without a pixel to reflect."""
     sizes = {"height": args.height, "width": args.width}
     if getattr(args, "crop", None):
         sizes |= {"crop height": args.crop[0], "crop width": args.crop[1]}
@@ -76,9 +62,12 @@ def positive_size(args: argparse.Namespace) -> None:
         if value < 64 or value % 32:
             nearest = max(64, round(value / 32) * 32)
             raise InputError(f"--{name} {value} is not a multiple of 32 of at least 64: try {nearest}")
-    for name in ("steps", "batch_size", "log_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name, least in {"steps": 1, "batch_size": 1, "log_every": 1, "save_every": 1, "eval_every": 1, "num_workers": 0,
+                        "seed": 0, "split_seed": 0}.items():
+        if getattr(args, name, least) < least:
+            raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if not 0 < args.learning_rate < 1:
+        raise InputError(f"--learning_rate must be between 0 and 1, not {args.learning_rate}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -114,6 +103,14 @@ def save_json(path: str, content: dict) -> None:
     write_atomically(path, write)
 
 
+def step_of(line: str) -> float:
+    """The step of a log record; a line that a crash cut short comes after all others."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+
+
 class Run:
     """The run folder `<log_dir>/<name>`: args.json, log.jsonl, last.pt, model.pt, result.json, samples/.
 
@@ -144,7 +141,7 @@ class Run:
         kept = []
         if self.checkpoint is not None and os.path.exists(self.path("log.jsonl")):
             with open(self.path("log.jsonl")) as file:
-                kept = [line for line in file if json.loads(line)["step"] <= self.checkpoint["step"]]
+                kept = [line for line in file if step_of(line) <= self.checkpoint["step"]]
         self.log_file = open(self.path("log.jsonl"), "w", buffering=1)  # noqa: SIM115  (open as long as the run)
         self.log_file.writelines(kept)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -180,17 +177,12 @@ class Run:
         tqdm.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                              for key, value in record.items()))
 
-    def save(self, step: int, **state: object) -> None:
-        """Everything that continuing needs; every random draw is a function of (seed, step), so no generator states."""
-        content = {"step": step, "args": vars(self.args), **state}
-        write_atomically(self.path("last.pt"), lambda temporary: torch.save(content, temporary))
-
-    def finish(self, result: dict) -> None:
-        """result.json marks the run as complete."""
-        save_json(self.path("result.json"), result)
-
-    def save_model(self, content: dict) -> None:
-        write_atomically(self.path("model.pt"), lambda temporary: torch.save(content, temporary))
+    def save(self, step: int, parts: dict, optimizer: torch.optim.Optimizer, options: dict) -> None:
+        """model.pt, to use, and last.pt, to continue: every draw is a function of (seed, step), so it needs no more."""
+        model = {"options": {**options, "steps": step}, **parts}
+        last = {"step": step, "args": vars(self.args), "model": parts, "optimizer": optimizer.state_dict()}
+        for name, content in (("model.pt", model), ("last.pt", last)):
+            write_atomically(self.path(name), lambda temporary, content=content: torch.save(content, temporary))
 
 
 class Meter:
@@ -200,6 +192,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
+        """Start anew, at a record or after time that is not the steps'."""
         self.sums, self.steps, self.data_seconds, self.start = {}, 0, 0.0, time.perf_counter()
 
     def add(self, terms: dict[str, torch.Tensor], data_seconds: float) -> None:
@@ -209,10 +202,10 @@ class Meter:
         self.data_seconds += data_seconds
 
     def check(self, step: int, indices: torch.Tensor) -> None:
-        """Refuse to go on with a loss that is not finite; last.pt stays as it was."""
+        """Refuse to go on with a loss that is not finite: one line, exit code 1, last.pt as it was."""
         for key, value in self.sums.items():
             if not torch.isfinite(value):
-                raise NonFiniteError(f"{key} is {float(value)} at step {step} (samples {indices.tolist()})")
+                sys.exit(f"stopped: {key} is {float(value)} at step {step} (samples {indices.tolist()})")
 
     def record(self, batch_size: int) -> dict:
         """Means since the last record; starts anew."""
