@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import zlib
 from functools import partial
 from itertools import pairwise, product
 from multiprocessing import get_context
@@ -31,6 +32,7 @@ from utils import InputError, run_main
 
 IGNORE = 255
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
+DEPTH_MODES = ("I;16", "I")
 SPLITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "splits")
 
 CITYSCAPES_CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
@@ -59,25 +61,46 @@ def read_bytes(path: str) -> torch.Tensor:
     return torch.from_numpy(content)
 
 
+def whole_png(content: bytes) -> bool:
+    """Whether every chunk of a PNG file is there and undamaged; torchvision's decoder crashes on one that is not."""
+    position = 8
+    while position + 12 <= len(content):
+        end = position + 12 + int.from_bytes(content[position:position + 4], "big")
+        if zlib.crc32(content[position + 4:end - 4]) != int.from_bytes(content[end - 4:end], "big"):
+            return False
+        if content[position + 4:position + 8] == b"IEND":
+            return True
+        position = end
+    return False
+
+
 def read_image(path: str) -> torch.Tensor:
-    """An image file as RGB, (3, H, W) uint8."""
+    """A JPEG or PNG file of any kind as RGB, (3, H, W) uint8."""
     content = read_bytes(path)
-    if path.lower().endswith((".jpg", ".jpeg")) and bytes(content[-64:].numpy()).rfind(b"\xff\xd9") < 0:
-        raise InputError(f"{path}: the JPEG file is truncated")  # libjpeg would fill the rest with grey
+    raw = content.numpy().tobytes()
+    if raw.startswith(b"\xff\xd8"):
+        whole = raw.rfind(b"\xff\xd9") > raw.rfind(b"\xff\xda")  # ends after the last scan began
+    elif raw.startswith(b"\x89PNG\r\n\x1a\n"):
+        whole = whole_png(raw)
+    else:
+        raise InputError(f"{path}: neither a JPEG nor a PNG file")
+    if not whole:
+        raise InputError(f"{path}: the image file is truncated or damaged")
     try:
-        return decode_image(content, mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0][:100]})") from None
+        image = decode_image(content, mode=ImageReadMode.RGB)
+    except RuntimeError:
+        raise InputError(f"{path}: the image cannot be decoded") from None
+    return (image.int() >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
 
-def read_ids(path: str) -> np.ndarray:
-    """A PNG of one channel as it is stored: label ids (uint8) or 16-bit depth, (H, W)."""
+def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
+    """A PNG of one channel as it is stored, (H, W): label ids (Pillow's modes L, P) or 16-bit depth (I;16, I)."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("L", "P", "I;16", "I"):
-                raise InputError(f"{path}: a single-channel image is expected, this one is {image.mode}")
+            if image.mode not in modes:
+                raise InputError(f"{path}: a PNG of mode {' or '.join(modes)} is expected, this one is {image.mode}")
             return np.array(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         reason = error.strerror if isinstance(error, FileNotFoundError) else error
         raise InputError(f"{path}: not a readable image ({reason})") from None
 
@@ -100,8 +123,8 @@ def read_calibration(path: str) -> dict[str, np.ndarray]:
                     values[key] = np.array([float(x) for x in numbers.split()])
                 except ValueError:
                     continue  # calib_time
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', 'no text file')}") from None
     return values
 
 
@@ -126,6 +149,8 @@ def check_intrinsics(K: np.ndarray, width: int, height: int, path: str) -> None:
 
 def fov_intrinsics(width: int, height: int, fov: float) -> np.ndarray:
     """K of a camera with square pixels, a horizontal field of view in degrees and the principal point in the middle."""
+    if not 1 <= fov < 179:
+        raise InputError(f"--fov {fov}: degrees between 1 and 179 are expected")
     focal = width / 2 / math.tan(math.radians(fov) / 2)
     return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
 
@@ -335,7 +360,10 @@ class Clips(Dataset):
         key = ("depth", str(depth))
         if self.cached is not None and key in self.cached:
             return self.cached[key]
-        resized = torch.from_numpy(resize_depth(self.depth_map(depth), *self.size))[None]
+        measured = self.depth_map(depth)
+        if not (measured > 0).any():
+            raise InputError(f"{depth}: no pixel is measured")
+        resized = torch.from_numpy(resize_depth(measured, *self.size))[None]
         if self.cached is not None:
             self.cached[key] = resized
         return resized
@@ -371,7 +399,7 @@ def velodyne_depth(points: np.ndarray, velodyne_to_camera: np.ndarray, P: np.nda
     forward_distance: the point's velodyne x instead of camera z. offset: subtracted from rounded pixel positions.
     The published Eigen ground truth has forward distances and an offset of 1; KITTI's own depth PNGs have neither.
     """
-    points = points[points[:, 0] >= 0].astype(np.float64)
+    points = points[np.isfinite(points).all(1) & (points[:, 0] >= 0)].astype(np.float64)
     homogeneous = np.c_[points[:, :3], np.ones(len(points))]
     u, v, z = P @ velodyne_to_camera @ homogeneous.T
     x, y = np.round(u / z) - offset, np.round(v / z) - offset  # half to even
@@ -381,6 +409,9 @@ def velodyne_depth(points: np.ndarray, velodyne_to_camera: np.ndarray, P: np.nda
     order = np.argsort(-value, kind="stable")  # far first, so that the nearest is written last
     depth[y[order], x[order]] = value[order]
     return depth.clip(min=0)
+
+
+CAMERAS, OTHER = {"l": "image_02", "r": "image_03"}, {"l": "r", "r": "l"}
 
 
 class KittiRaw(Clips):
@@ -398,7 +429,7 @@ class KittiRaw(Clips):
             found = self._listing(folder, side)
             paths = [found.get(number + offset) for offset in offsets]
             if "s" in frame_ids:
-                paths.append(self._listing(folder, "lr"["rl".index(side)]).get(number))
+                paths.append(self._listing(folder, OTHER[side]).get(number))
             depth = self._depth_source(folder, number, side) if with_depth else None
             if None in paths:
                 lonely += 1
@@ -441,7 +472,8 @@ class KittiRaw(Clips):
         targets = []
         for folder in present:
             start, stop, _ = slice(*frames).indices(max(self._listing(folder, "l"), default=-1) + 1)
-            targets += [(folder, n, side) for side in cameras for n in sorted(self._listing(folder, side))
+            present_cameras = [s for s in cameras if os.path.isdir(os.path.join(self.root, folder, CAMERAS[s]))]
+            targets += [(folder, n, side) for side in present_cameras for n in sorted(self._listing(folder, side))
                         if start <= n < stop]
         return targets
 
@@ -449,8 +481,8 @@ class KittiRaw(Clips):
         """Frame number -> path of one camera of one drive."""
         key = (folder, side)
         if key not in self.listings:
-            path = os.path.join(self.root, folder, "image_02" if side == "l" else "image_03", "data")
-            names = [n for n in list_folder(path) if n.lower().endswith(IMAGE_EXTENSIONS)]
+            path = os.path.join(self.root, folder, CAMERAS[side], "data")
+            names = [n for n in list_folder(path) if re.fullmatch(r"[0-9]+\.(png|jpg|jpeg)", n.lower())]
             self.listings[key] = {int(os.path.splitext(n)[0]): os.path.join(path, n) for n in names}
         return self.listings[key]
 
@@ -466,6 +498,9 @@ class KittiRaw(Clips):
                 rectify[:3, :3] = values["R_rect_00"].reshape(3, 3)
             except (KeyError, ValueError) as error:
                 raise InputError(f"{file}: expected P_rect_02, P_rect_03, S_rect_02, R_rect_00 ({error})") from None
+            finite = np.isfinite([*P["l"].flat, *P["r"].flat, *rectify.flat]).all()
+            if not finite or min(P["l"][0, 0], P["r"][0, 0]) <= 1 or len(shape) != 2 or min(shape) < 1:
+                raise InputError(f"{file}: no calibration of two cameras")
             self.calibrations[date] = {"P": P, "shape": shape, "rectify": rectify}
         return self.calibrations[date]
 
@@ -473,11 +508,11 @@ class KittiRaw(Clips):
         """K (3x3, native pixels) and the x translation in metres that takes this camera's points to the other's."""
         P = self.calibration(folder[:10])["P"]
         offset = {s: P[s][0, 3] / P[s][0, 0] for s in "lr"}
-        return P[side][:, :3].copy(), float(offset["lr"["rl".index(side)]] - offset[side])
+        return P[side][:, :3].copy(), float(offset[OTHER[side]] - offset[side])
 
     def _depth_source(self, folder: str, number: int, side: str) -> tuple | None:
         """LiDAR of a frame for `depth_map`: a depth PNG where there is one, else the raw points, as camera z."""
-        drive, camera = os.path.join(self.root, folder), "image_02" if side == "l" else "image_03"
+        drive, camera = os.path.join(self.root, folder), CAMERAS[side]
         for kind in ("groundtruth", "velodyne_raw"):
             png = os.path.join(drive, "proj_depth", kind, camera, f"{number:010d}.png")
             if os.path.isfile(png):
@@ -491,7 +526,7 @@ class KittiRaw(Clips):
 
     def depth_map(self, depth: tuple) -> np.ndarray:
         if depth[0] == "png":
-            return read_ids(depth[1]).astype(np.float32) / 256
+            return read_ids(depth[1], DEPTH_MODES).astype(np.float32) / 256
         _, path, folder, side, published = depth
         calibration = self.calibration(folder[:10])
         if "velodyne" not in calibration:
@@ -502,6 +537,8 @@ class KittiRaw(Clips):
                 pose[:3, :3], pose[:3, 3] = values["R"].reshape(3, 3), values["T"]
             except (KeyError, ValueError):
                 raise InputError(f"{file}: R and T are expected") from None
+            if not np.isfinite(pose).all() or abs(np.linalg.det(pose[:3, :3]) - 1) > 0.01:
+                raise InputError(f"{file}: R is no rotation, or T not finite")
             calibration["velodyne"] = calibration["rectify"] @ pose
         content = read_bytes(path).numpy()
         if content.size % 16:
@@ -513,7 +550,7 @@ class KittiRaw(Clips):
 
 def natural_key(name: str) -> list:
     """Numeric order: frame2 before frame10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
 class Frames(Clips):
@@ -573,7 +610,7 @@ class Frames(Clips):
     @staticmethod
     def _numbers(paths: list[str]) -> tuple[int, list[int]]:
         """The usual step between frame numbers, and the numbers: the last digits of the names, else positions."""
-        found = [re.findall(r"\d+", os.path.splitext(os.path.basename(p))[0]) for p in paths]
+        found = [re.findall(r"[0-9]+", os.path.splitext(os.path.basename(p))[0]) for p in paths]
         numbers = [int(f[-1]) for f in found] if all(found) else list(range(len(paths)))
         steps = [b - a for a, b in pairwise(numbers) if b > a]
         return (max(set(steps), key=steps.count) if steps else 1), numbers
@@ -591,7 +628,7 @@ class Frames(Clips):
         return fov_intrinsics(width, height, fov), f"--fov {fov}"
 
     def depth_map(self, depth: str) -> np.ndarray:
-        return read_ids(depth).astype(np.float32) / self.depth_scale
+        return read_ids(depth, DEPTH_MODES).astype(np.float32) / self.depth_scale
 
 
 class CamVidClips(Frames):
@@ -1295,7 +1332,8 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 32, labell
     seeds = range(1000 * seed, 1000 * (seed + 1))  # drives from the first on, labelled worlds from the middle on
     jobs = [partial(render_drive, day / f"{day.name}_drive_{9001 + i}_sync", seeds[i], frames, *camera)
             for i in range(drives)]
-    jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i:], range(i, min(i + 10, labelled)), *camera)
+    jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i:], range(i, min(i + 10, labelled)),
+                     *camera)
              for i in range(0, labelled, 10)]
     with get_context("fork").Pool(workers) as pool:
         for _ in tqdm(pool.imap_unordered(run_job, jobs), total=len(jobs), desc="rendering worlds"):

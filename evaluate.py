@@ -285,7 +285,7 @@ def depth_command(args: argparse.Namespace) -> int:
         model.to(device)
         dataset = test_clips(args, args.frames, options["height"], options["width"])
         default = STEREO_SCALE if options.get("use_stereo") else 1.0 if options.get("metric") else "median"
-        if options.get("depth_loss") == "relative":
+        if options.get("depth_loss") == "affine":
             default = "affine"
         scale = args.scale or default
 
@@ -391,8 +391,8 @@ def predict_command(args: argparse.Namespace) -> int:
     for path in tqdm(paths, desc="predict", disable=None):
         picture, array = predict(model, options, datasets.read_image(path).to(device))
         name = os.path.splitext(os.path.basename(path))[0]
-        if name in written:  # the same file name in two folders
-            name = f"{os.path.basename(os.path.dirname(path))}_{name}"
+        while name in written:  # the same file name in another folder
+            name += "_"
         written.add(name)
         target = os.path.join(args.output, f"{name}_{options['task']}")
         to_picture(picture).save(f"{target}.png")
@@ -442,9 +442,10 @@ def tables_command(args: argparse.Namespace) -> int:
         try:
             result, options = (json.loads(Path(path).read_text()) for path in paths)
             options = options["options"]
-        except (ValueError, KeyError):
+            finished = "miou" in result and result["miou"] is not None
+        except (ValueError, KeyError, TypeError):
             raise InputError(f"{os.path.join(args.log_dir, name)}: result.json or args.json is damaged") from None
-        if "miou" in result:
+        if finished:
             setting = json.dumps({k: v for k, v in options.items() if k not in SAME_RUN}, sort_keys=True)
             groups.setdefault((setting, result["pretraining"]), []).append((result, options))
     if not groups:
@@ -498,7 +499,7 @@ def main() -> int:
                        help="of --baseline")
     depth.add_argument("--scale", type=scale_option,
                        help="a factor to metres, median, or affine (default: median for monocular training, affine for "
-                            "--depth_loss relative, 1 for other networks of ours, 5.4 for Monodepth2's stereo weights)")
+                            "--depth_loss affine, 1 for other networks of ours, 5.4 for Monodepth2's stereo weights)")
     depth.add_argument("--ground_truth", choices=("auto", "velodyne_x", "z"), default="auto",
                        help="velodyne_x: forward distance of the raw points, the published protocol; z: camera depth. "
                             "auto: velodyne_x where every frame has raw points")

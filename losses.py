@@ -62,6 +62,7 @@ def sample(image: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, tor
     limit = pixels.new_tensor([image.shape[3] - 1, image.shape[2] - 1])
     grid = pixels * (2 / limit) - 1
     inside = (grid.abs() <= 1).all(3)[:, None]  # NaN compares false
+    grid = grid.nan_to_num(nan=2.0, posinf=2.0, neginf=-2.0)  # grid_sample's gradient does not survive NaN
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True), inside
 
 
@@ -198,15 +199,14 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
 
 # ---------------------------------------------------------------------------------------------- supervised depth
 
-def supervised_depth_loss(depth: torch.Tensor, measured: torch.Tensor, log: bool = False) -> torch.Tensor:
+def supervised_depth_loss(depth: torch.Tensor, measured: torch.Tensor, relative: bool = False) -> torch.Tensor:
     """Second term of Eq. (1): L1 over measured pixels only (measured > 0), 0 when nothing was measured.
 
-    In metres, as in the paper; or of the logarithms, where a metre counts more the closer it is.
+    In metres, as in the paper; or relative to what was measured, where a metre counts more the closer it is.
     """
     valid = measured > 0
-    if log:
-        depth, measured = depth.log(), measured.where(valid, 1).log()
-    return ((depth - measured).abs() * valid).sum() / valid.sum().clamp(min=1)
+    weight = valid / measured.where(valid, 1) if relative else valid
+    return ((depth - measured).abs() * weight).sum() / valid.sum().clamp(min=1)
 
 
 def scale_shift_invariant_loss(prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -233,16 +233,17 @@ def measured_depth_loss(disparities: list[torch.Tensor], measured: torch.Tensor,
     """Supervised depth at four scales and full resolution, which trains every head as the photometric loss does.
 
     disparities: sigmoid outputs, finest first; measured: (B, 1, H, W) metres, 0 = no measurement; kind: "l1" in metres
-    (paper), "log", or "relative" (1 / depth up to scale and shift). Returns terms ("loss") and views ("depth").
+    (paper), "abs_rel" (L1 / measured), or "affine" (1 / depth up to scale and shift).
+    Returns terms ("loss") and views ("depth").
     """
     by_scale = []
     for scale, disparity in enumerate(disparities):
         full = upsample(disparity, measured.shape[2:])
-        if kind == "relative":
+        if kind == "affine":
             by_scale.append(scale_shift_invariant_loss(full, 1 / measured.clamp(min=min_depth), measured > 0))
         else:
             depth = disparity_to_depth(full, min_depth, max_depth)
-            by_scale.append(supervised_depth_loss(depth, measured, log=kind == "log"))
+            by_scale.append(supervised_depth_loss(depth, measured, relative=kind == "abs_rel"))
     finest = disparity_to_depth(disparities[0], min_depth, max_depth).detach()
     return {"loss": torch.stack(by_scale).mean()}, {"depth": finest}
 

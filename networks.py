@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from utils import InputError
+from utils import InputError, read_tensors
 
 RESNETS = {"resnet18": (64, 64, 128, 256, 512), "resnet50": (64, 256, 512, 1024, 2048)}  # channels of the five features
 DECODER_CHANNELS = (16, 32, 64, 128, 256)  # of the decoder's five levels, finest first
@@ -184,20 +184,6 @@ def count(parameters: list[nn.Parameter]) -> int:
 
 # ---------------------------------------------------------------------------------------------- weights from elsewhere
 
-def read_file(path: str) -> dict:
-    """One checkpoint file as a dict of tensors and builtins; anything that needs code to be read is refused."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no checkpoint at {path}") from None
-    except Exception as error:  # noqa: BLE001  (unpickling errors, truncated files, texts: all the same to a user)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a readable checkpoint of tensors: {reason[:160]}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    return content
-
-
 def read_checkpoint(path: str) -> tuple[str, dict, dict]:
     """Recognise a checkpoint by its content.
 
@@ -209,7 +195,7 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
             return read_checkpoint(os.path.join(path, "model.pt"))
         files = {"encoder": "encoder.pth", "decoder": "depth.pth", "pose_encoder": "pose_encoder.pth",
                  "pose": "pose.pth"}
-        parts = {part: read_file(os.path.join(path, name)) for part, name in files.items()
+        parts = {part: read_tensors(os.path.join(path, name)) for part, name in files.items()
                  if os.path.isfile(os.path.join(path, name))}
         if "encoder" not in parts:
             raise InputError(f"{path} holds neither model.pt nor encoder.pth")
@@ -221,8 +207,11 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
                    "encoder": "resnet50" if first_block.shape[-1] == 1 else "resnet18",  # 1x1: a bottleneck block
                    "height": 192, "width": 640, **extra}
         return "Monodepth2 folder", parts, options
-    content = read_file(path)
+    content = read_tensors(path)
     if "options" in content and "encoder" in content:
+        for name, part in content.items():
+            if not isinstance(part, dict) or (name != "options" and not all(map(torch.is_tensor, part.values()))):
+                raise InputError(f"{path}: {name} is no dict of what it should hold")
         return "depth2seg", {k: v for k, v in content.items() if k != "options"}, content["options"]
     if "conv1.weight" in content and "layer4.0.conv1.weight" in content:
         return "torchvision ResNet", {"encoder": {f"encoder.{key}": value for key, value in content.items()}}, {}
@@ -320,6 +309,11 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
     source, parts, options = read_checkpoint(path)
     if "task" not in options or "decoder" not in parts:
         raise InputError(f"{path} ({source}) holds only an encoder: nothing to evaluate")
+    needed = {"arch", "encoder", "height", "width"}
+    if options["task"] == "depth":
+        needed |= {"min_depth", "max_depth"}
+    if not needed <= options.keys() or not all(64 <= options[k] <= 8192 for k in ("height", "width")):
+        raise InputError(f"{path}: its options lack {', '.join(sorted(needed - options.keys())) or 'a sensible size'}")
     heads = sorted(k for k in parts["decoder"] if k.endswith(".conv.weight") and k.count(".") == 3)
     channels = parts["decoder"][heads[0]].shape[0]
     arch = "flow" if options["task"] == "flow" else options["arch"]

@@ -300,7 +300,7 @@ def test_golden_depth_network(tmp_path, path):
     assert (options["min_depth"], options["max_depth"], options["encoder"]) == (0.1, 100, f"resnet{size[1:]}")
 
     initialised = networks.build("unet", f"resnet{size[1:]}", 1, scales=(0, 1, 2, 3)).eval()
-    message = networks.load_weights(initialised, folder)
+    message = networks.load_weights(initialised, folder, "depth")
     total = len(initialised.encoder.state_dict())
     assert f"encoder {total}/{total}" in message and "decoder 28/28" in message
     with torch.no_grad():
@@ -319,7 +319,7 @@ def test_golden_pose_network(tmp_path, path):
     pose = networks.PoseNet(f"resnet{size[1:]}").eval()
     folder = write_monodepth2_folder(tmp_path / "mono", size, seed_of(path))
     message = networks.load_weights(
-        networks.build("unet", f"resnet{size[1:]}", 1, scales=(0, 1, 2, 3)), folder, pose=pose
+        networks.build("unet", f"resnet{size[1:]}", 1, scales=(0, 1, 2, 3)), folder, "depth", pose=pose
     )
     assert "pose 8/8" in message
     with torch.no_grad():
@@ -609,6 +609,7 @@ def test_scale_and_shift_invariant_loss():
         loss,
     )
     assert float(losses.scale_shift_invariant_loss(2 * target + 1, target, valid)) < 1e-4
+    assert float(losses.scale_shift_invariant_loss(-target, target, valid)) > 0.5  # near for far is no solution
 
 
 def test_reconstruction_loss_looks_at_removed_pixels_only():
@@ -687,7 +688,7 @@ def test_only_the_head_may_differ(tmp_path):
     path = str(tmp_path / "model.pt")
     torch.save({"options": {"task": "depth"}, **networks.state(depth)}, path)
     head = segmenter.decoder.decoder[10].conv.weight.clone()
-    message = networks.load_weights(segmenter, path)
+    message = networks.load_weights(segmenter, path, "segmentation")
     assert "encoder 120/120" in message and "decoder 20/22: head replaced" in message
     assert torch.equal(segmenter.decoder.decoder[10].conv.weight, head)
     for key, value in segmenter.decoder.state_dict().items():
@@ -695,9 +696,12 @@ def test_only_the_head_may_differ(tmp_path):
 
     fresh = networks.build("unet", "resnet18", 19)
     before = {key: value.clone() for key, value in fresh.decoder.state_dict().items()}
-    assert "decoder fresh" in networks.load_weights(fresh, path, "encoder")
+    assert "decoder fresh" in networks.load_weights(fresh, path, "segmentation", "encoder")
     assert all(torch.equal(value, before[key]) for key, value in fresh.decoder.state_dict().items())
     assert all(torch.equal(value, depth.encoder.state_dict()[key]) for key, value in fresh.encoder.state_dict().items())
+
+    one_class = networks.build("unet", "resnet18", 1)  # the shapes agree, but depth's last layer is no classifier
+    assert "head replaced" in networks.load_weights(one_class, path, "segmentation")
 
 
 # ------------------------------------------------------------------------------------ data
@@ -967,6 +971,8 @@ def test_confusion_matrix_by_hand():
     prediction = torch.tensor([[0, 1, 1, 1], [2, 0, 0, 1]])
     confusion = evaluate.confusion_matrix(label, prediction, 4)
     assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+    absent = evaluate.segmentation_scores(evaluate.confusion_matrix(label, prediction.where(label != 2, 3), 4))
+    assert absent["miou"] == pytest.approx((50 + 200 / 3 + 0) / 3)  # class 3, which no label shows, does not count
     scores = evaluate.segmentation_scores(confusion)
     assert scores["pixel_accuracy"] == pytest.approx(100 * 4 / 6)
     assert scores["iou"][:3] == pytest.approx([100 / 3, 200 / 3, 50]) and np.isnan(
@@ -1272,7 +1278,8 @@ def test_fine_tuning(fine_tuned, kind):
     folder = fine_tuned(kind)
     assert_run_folder(folder, 4 if kind == "all" else 2)
     result = read_json(folder, "result.json")
-    expected = {"mono": "Depth (mono)", "flow": "Flow", None: "None"}[FINE_TUNING[kind][0]]
+    names = {"mono": "Depth-Rand (mono) on synthetic", "flow": "Flow on synthetic", None: "None"}
+    expected = names[FINE_TUNING[kind][0]]
     assert result["pretraining"] == expected
     assert 0 <= result["miou"] <= 100 and 0 <= result["pixel_accuracy"] <= 100 and result["cross_entropy"] > 0
     assert (
@@ -1464,22 +1471,19 @@ def test_tables(capsys, tmp_path):
         for pretraining, bonus in (("None", 0), ("Depth (stereo)", 5)):
             folder = tmp_path / f"{pretraining}_{seed}"
             os.makedirs(folder)
-            options = {
-                "data": "kitti",
-                "encoder": "resnet18",
-                "train_size": 16,
-                "freeze_encoder": False,
-                "init_parts": "all",
-                "seed": seed,
-            }
+            options = {"data": "kitti", "encoder": "resnet18", "train_size": 16, "freeze_encoder": False, "steps": 100,
+                       "batch_size": 4, "learning_rate": 1e-4, "height": 64, "width": 96, "init_parts": "all",
+                       "name": f"{pretraining}_{seed}", "seed": seed}
             utils.save_json(str(folder / "args.json"), {"options": options})
             utils.save_json(
                 str(folder / "result.json"),
                 {"miou": miou + bonus, "pixel_accuracy": 80.0, "cross_entropy": 1.0, "pretraining": pretraining},
             )
+    shutil.copytree(tmp_path / "None_0", tmp_path / "longer")  # another experiment is no further seed
+    utils.save_json(str(tmp_path / "longer" / "args.json"), {"options": {**options, "steps": 200}})
     code, output, _ = call(capsys, evaluate, "tables", "--log_dir", tmp_path)
     rows = [line for line in output.splitlines() if line.startswith("| kitti")]
-    assert code == 0 and len(rows) == 2
+    assert code == 0 and len(rows) == 3 and "| 200 x 4, 0.0001, 96x64 | all | None | 1 | 40.00 |" in rows.pop()
     assert "| None | 3 | 50.00 ± 10.00 | 80.00 ± 0.00 | 1.000 ± 0.000 |" in rows[0]
     assert "| Depth (stereo) | 3 | 55.00 ± 10.00 |" in rows[1]
 
@@ -1491,7 +1495,7 @@ def test_tables_of_real_runs(capsys, log_dir, fine_tuned):
     assert (
         code == 0
         and f"{read_json(fine_tuned('none'), 'result.json')['miou']:.2f}" in output
-        and "| frozen | Depth (mono) |" in output
+        and "| frozen | Depth-Rand (mono) on synthetic" in output
     )
 
 

@@ -9,7 +9,6 @@ Weights, options, log and pictures go to runs/<name>/. The same command again co
 """
 
 import argparse
-import os
 import time
 
 import torch
@@ -28,8 +27,8 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--task", choices=("depth", "flow", "reconstruction"), default="depth")
     group.add_argument("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
                        help="of --task depth: neighbouring frames, the other camera, both, or measured depth")
-    group.add_argument("--depth_loss", choices=("l1", "log", "relative"), default="l1",
-                       help="of --supervision depth: L1 in metres (paper), of logs, or of 1/depth up to scale, shift")
+    group.add_argument("--depth_loss", choices=("l1", "abs_rel", "affine"), default="l1",
+                       help="of --supervision depth: L1 in metres (paper), L1 / depth, or of 1/depth up to scale, shift")
     group.add_argument("--frame_ids", type=int, nargs="+", default=None,
                        help="target, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
@@ -78,16 +77,18 @@ def parse_options() -> argparse.Namespace:
         args.frame_ids = args.frame_ids or ([0, -1, 1] if "mono" in args.supervision else [0])
     else:
         args.frame_ids = args.frame_ids or ([0, -1] if args.task == "flow" else [0])
-    if args.frame_ids[0] != 0:
-        raise InputError("--frame_ids starts with the target, 0")
-    if len(args.frame_ids) < (2 if args.task == "flow" or (args.task == "depth" and "mono" in args.supervision) else 1):
+    if args.frame_ids[0] != 0 or len(set(args.frame_ids)) < len(args.frame_ids):
+        raise InputError("--frame_ids starts with the target, 0, and names every frame once")
+    if args.task == "depth" and "mono" in args.supervision and len(args.frame_ids) < 2:
         raise InputError("--frame_ids needs at least one source frame besides 0")
+    if args.task == "flow" and len(args.frame_ids) != 2:
+        raise InputError("--task flow takes two frames: --frame_ids 0 -1")
     # the range of Monodepth2's network, 0.1 to 100; with a metric baseline its unit is 5.4 m
     if args.min_depth is None:
         args.min_depth = 0.54 if stereo else 1.0 if args.supervision == "depth" else 0.1
     if args.max_depth is None:
         args.max_depth = 540.0 if stereo else 100.0
-    if not 0 < args.min_depth < args.max_depth:
+    if not 0 < args.min_depth < args.max_depth < float("inf"):
         raise InputError(f"--min_depth {args.min_depth} and --max_depth {args.max_depth}: 0 < min < max is needed")
     if args.smoothness is None:
         args.smoothness = 2.0 if args.task == "flow" else 1e-3
@@ -171,6 +172,7 @@ def main() -> int:
     dataset = make_dataset(args)
     if len(dataset) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(dataset)} samples)")
+    dataset[0]  # what cannot be read is found before the run begins
 
     # model
     torch.manual_seed(args.seed)
@@ -195,7 +197,7 @@ def main() -> int:
         start = run.checkpoint["step"]
         networks.restore(model, run.checkpoint["model"], pose)
         optimizer.load_state_dict(run.checkpoint["optimizer"])
-    if os.path.exists(run.path("result.json")):
+    if run.finished:
         print(f"{run.folder}: finished already")
         return 0
     what = f"depth ({args.supervision})" if args.task == "depth" else args.task
@@ -213,7 +215,7 @@ def main() -> int:
     kept = ("task", "supervision", "depth_loss", "encoder", "init", "height", "width", "crop", "min_depth", "max_depth",
             "data", "seed")
     options = {key: getattr(args, key) for key in kept}
-    metric = "stereo" in args.supervision or (args.supervision == "depth" and args.depth_loss != "relative")
+    metric = "stereo" in args.supervision or (args.supervision == "depth" and args.depth_loss != "affine")
     options |= {"arch": "unet", "metric": metric}
 
     # loop
@@ -230,13 +232,13 @@ def main() -> int:
             group["lr"] = rate
 
         terms, views = compute_loss(args, model, pose, batch, generator)
-        optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
         meter.add(terms, waited)
         done = step + 1
         last = done == args.steps or run.stop
         if device.type == "cpu" or last or done % args.log_every == 0 or done % args.save_every == 0:
             meter.check(done, batch["index"])  # on a GPU not at every step, as asking means waiting
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
         optimizer.step()
 
         if done % args.log_every == 0 or last:

@@ -91,6 +91,8 @@ def main() -> int:
     val_set = cls(root, "val", **size)
     if len(train_set) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(train_set)} images)")
+    for index in range(len(val_set)):  # what cannot be read is found before the run begins
+        val_set.load(index)
     seen = {c for i in range(len(train_set)) for c in train_set.load(i)[1].unique().tolist()}
     absent = [name for c, name in enumerate(train_set.classes) if c not in seen]
 
@@ -115,7 +117,7 @@ def main() -> int:
         start = run.checkpoint["step"]
         networks.restore(model, run.checkpoint["model"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
-    if os.path.exists(run.path("result.json")):
+    if run.finished:
         print(f"{run.folder}: finished already")
         return 0
     print(f"{run.folder}: segmentation of {len(train_set.classes)} classes of {args.data}, {len(train_set)} images for "
@@ -131,7 +133,7 @@ def main() -> int:
                "colours": [list(colour) for colour in train_set.colours]}
 
     # loop
-    if start == 0:  # where the curves begin, and every test image read once before hours are spent
+    if start == 0:  # where the curves begin
         scores = evaluate.evaluate_segmentation(model, val_set, device)
         run.log({"step": 0, **{key: scores[key] for key in CURVES}})
     meter, done, scores = Meter(), start, {}
@@ -147,13 +149,13 @@ def main() -> int:
 
         logits = model(batch["image"])[0]  # (B, classes, H, W)
         loss = F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         meter.add({"loss": loss}, waited)
         done = step + 1
         last = done == args.steps or run.stop
         if device.type == "cpu" or last or done % args.log_every == 0 or done % args.save_every == 0:
             meter.check(done, batch["index"])  # on a GPU not at every step, as asking means waiting
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         optimizer.step()
 
         if done % args.log_every == 0 or last:

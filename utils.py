@@ -1,6 +1,7 @@
 """What both training scripts share: common options, the run folder, checkpoints, signals, exit codes."""
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -75,6 +77,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device {name} is no device: use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: use cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
@@ -103,73 +107,97 @@ def save_json(path: str, content: dict) -> None:
     write_atomically(path, write)
 
 
+def read_tensors(path: str) -> dict:
+    """A checkpoint file as a dict of tensors and builtins; refused when damaged, or when reading it needs code."""
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not compare checksums
+            raise InputError(f"{path} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path}") from None
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001  (unpickling errors, truncated files, texts: all the same to a user)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint of tensors: {reason[:160]}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
 def step_of(line: str) -> float:
     """The step of a log record; a line that a crash cut short comes after all others."""
     try:
         return json.loads(line)["step"]
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
 class Run:
     """The run folder `<log_dir>/<name>`: args.json, log.jsonl, last.pt, model.pt, result.json, samples/.
 
-    Continues a run whose last.pt is there, after checking that its options are those of this command.
+    Continues a run whose last.pt is there, after checking that its options are those of this command; `finished` when
+    there is nothing left to do. Raises InputError when another process runs there.
     """
 
     def __init__(self, args: argparse.Namespace, script: str):
         if not re.fullmatch(r"[\w][\w.+=-]*", args.name):
             raise InputError(f"--name {args.name!r}: letters, digits and . _ + = - only (it names a folder)")
-        self.args = args
-        self.folder = os.path.join(args.log_dir, args.name)
-        self.stop = False
+        self.args, self.folder, self.stop = args, os.path.join(args.log_dir, args.name), False
         try:
             os.makedirs(self.path("samples"), exist_ok=True)
+            self.lock = open(self.path("lock"), "w")  # noqa: SIM115  (held as long as the process lives)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another process runs there; give another --name") from None
         except OSError as error:
             raise InputError(f"cannot make the run folder {self.folder}: {error.strerror}") from None
-        self.checkpoint = self._find_checkpoint()
-        if args.resume and self.checkpoint is None:
+
+        self.finished = os.path.exists(self.path("result.json")) and os.path.exists(self.path("model.pt"))
+        self.checkpoint = read_tensors(self.path("last.pt")) if os.path.exists(self.path("last.pt")) else None
+        if self.checkpoint is None and args.resume:
             raise InputError(f"--resume: there is no {self.path('last.pt')}")
-        if self.checkpoint is None:
+        if self.checkpoint is not None:
+            if not {"step", "args", "model", "optimizer"} <= self.checkpoint.keys():
+                raise InputError(f"{self.path('last.pt')} is no checkpoint of a run: delete it to start again")
+            self._refuse_other_options(self.checkpoint["args"])
+        elif not self.finished:
             git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
                                  capture_output=True, text=True, check=False) if shutil.which("git") else None
             save_json(self.path("args.json"), {
                 "script": script, "command": " ".join([script, *sys.argv[1:]]), "options": vars(args),
                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
                 "git_commit": git.stdout.strip() if git and git.returncode == 0 else None})
-        # records after the checkpoint belong to steps that are run again
+        if not self.finished:
+            self._open_log()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def _refuse_other_options(self, then: dict) -> None:
+        now = vars(self.args)
+        differing = [f"--{k} {then.get(k)} there, {now.get(k)} now" for k in sorted(now.keys() | then.keys())
+                     if now.get(k) != then.get(k) and k not in MAY_CHANGE]
+        if differing:
+            raise InputError(f"{self.folder} holds a run with other options ({'; '.join(differing)}): "
+                             "give another --name, or delete the folder")
+
+    def _open_log(self) -> None:
+        """Records after the checkpoint belong to steps that are run again."""
         kept = []
         if self.checkpoint is not None and os.path.exists(self.path("log.jsonl")):
             with open(self.path("log.jsonl")) as file:
                 kept = [line for line in file if step_of(line) <= self.checkpoint["step"]]
         self.log_file = open(self.path("log.jsonl"), "w", buffering=1)  # noqa: SIM115  (open as long as the run)
         self.log_file.writelines(kept)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.stop:  # a second signal ends at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.stop = True
-
-    def _find_checkpoint(self) -> dict | None:
-        if not os.path.exists(self.path("last.pt")):
-            return None
-        try:
-            checkpoint = torch.load(self.path("last.pt"), map_location="cpu", weights_only=True)
-        except Exception:  # noqa: BLE001  (whatever a damaged file makes torch.load raise)
-            raise InputError(f"{self.path('last.pt')} is damaged: delete it to start again") from None
-        now, then = vars(self.args), checkpoint["args"]
-        differing = [f"--{k} {then.get(k)} there, {now.get(k)} now" for k in sorted(now.keys() | then.keys())
-                     if now.get(k) != then.get(k) and k not in MAY_CHANGE]
-        if differing:
-            raise InputError(f"{self.folder} holds a run with other options ({'; '.join(differing)}): "
-                             "give another --name, or delete the folder")
-        return checkpoint
 
     def log(self, record: dict) -> None:
         """One record, the same for people and as a line of JSON."""
@@ -179,6 +207,9 @@ class Run:
 
     def save(self, step: int, parts: dict, optimizer: torch.optim.Optimizer, options: dict) -> None:
         """model.pt, to use, and last.pt, to continue: every draw is a function of (seed, step), so it needs no more."""
+        for name, part in parts.items():
+            if not all(torch.isfinite(value).all() for value in part.values()):
+                sys.exit(f"stopped: weights of the {name} are not finite after step {step}; nothing was overwritten")
         model = {"options": {**options, "steps": step}, **parts}
         last = {"step": step, "args": vars(self.args), "model": parts, "optimizer": optimizer.state_dict()}
         for name, content in (("model.pt", model), ("last.pt", last)):
