@@ -19,9 +19,9 @@ PYTHON=${PYTHON:-python}
 if [ "$DATA" = synthetic ]; then  # half an hour on two CPU cores, where one thread a job is the fastest
   JOBS=${JOBS:-2}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  pretrain="--height 64 --width 192 --batch_size 4 --steps 500 --learning_rate 2e-4 --num_workers 0 --cache"
+  pretrain="--height 64 --width 192 --batch_size 4 --steps 300 --learning_rate 2e-4 --num_workers 0 --cache"
   depth="--supervision stereo $pretrain" flow=$pretrain reconstruction=$pretrain
-  finetune="--height 64 --width 192 --batch_size 4 --steps 120 --learning_rate 5e-4 --eval_every 40 --num_workers 0"
+  finetune="--height 64 --width 192 --batch_size 4 --steps 80 --learning_rate 5e-4 --eval_every 40 --num_workers 0"
 else  # the paper's settings (README, "Protocol")
   JOBS=${JOBS:-1}
   depth="--supervision mono+stereo --steps 66350 --batch_size 12 --learning_rate 1e-4"

@@ -28,7 +28,7 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
                        help="of --task depth: neighbouring frames, the other camera, both, or measured depth")
     group.add_argument("--depth_loss", choices=("l1", "abs_rel", "affine"), default="l1",
-                       help="of --supervision depth: L1 in metres (paper), L1 / depth, or of 1/depth up to scale, shift")
+                       help="of --supervision depth: L1 in metres (paper), L1 / depth, or 1/depth up to scale, shift")
     group.add_argument("--frame_ids", type=int, nargs="+", default=None,
                        help="target, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
