@@ -1341,7 +1341,7 @@ def run_job(job: partial) -> None:
     job()
 
 
-def render_synthetic(root: str | Path, drives: int = 8, frames: int = 32, labelled: int = 200, height: int = 128,
+def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labelled: int = 200, height: int = 128,
                      width: int = 416, seed: int = 0, workers: int = 2) -> None:
     """Write the data set to `root`, which must not exist yet and appears only once everything is rendered.
 
@@ -1399,7 +1399,7 @@ def main() -> int:
     render = commands.add_parser("render", help="write the synthetic street world in KITTI's layout")
     render.add_argument("--data_path", default="data/synthetic")
     render.add_argument("--drives", type=int, default=8, help="for pre-training, each another street")
-    render.add_argument("--frames", type=int, default=32, help="stereo pairs a drive")
+    render.add_argument("--frames", type=int, default=24, help="stereo pairs a drive")
     render.add_argument("--labelled", type=int, default=200, help="labelled images, of other streets")
     render.add_argument("--height", type=int, default=128)
     render.add_argument("--width", type=int, default=416)
