@@ -179,53 +179,27 @@ def resize_intrinsics(K: np.ndarray, old: tuple[int, int], new: tuple[int, int])
     return K
 
 
-def augment(sample: dict, rng: np.random.Generator, crop: tuple[int, int] | None = None, zoom: float = 1.0) -> dict:
-    """One draw of zoom, crop and horizontal flip for all of a sample: images, K, stereo pose, depth and label.
+def crop_and_flip(sample: dict, crop: tuple[int, int] | None, rng: np.random.Generator) -> dict:
+    """The same random crop (height, width) and horizontal flip for images, K, stereo pose, depth and label of a sample.
 
-    Works on the last two axes of every map. zoom: a window of 1 to 1 / zoom of the image, enlarged to its size, is what
-    the same camera sees of a scene squeezed towards it: the focal length stays, depth shrinks, so that a network that
-    knows one camera is never asked for another. crop: (height, width). A flip mirrors the world: cx -> W - 1 - cx, the
-    other camera changes side.
+    Works on the last two axes of every map. A flip mirrors the world: cx -> W - 1 - cx, the other camera changes side.
     """
     maps = [key for key in ("frames", "image", "depth", "label") if key in sample]
-    flip, factor = rng.random() < 0.5, rng.uniform(1, zoom)
-    if zoom > 1:
-        height, width = sample[maps[0]].shape[-2:]
-        h, w = round(height / factor), round(width / factor)
-        sample = cut(sample, maps, int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
-        for key in maps:
-            if key in ("frames", "image"):
-                sample[key] = resize(sample[key], [height, width], antialias=True)
-            else:
-                shape = sample[key].shape[:-2]
-                enlarged = F.interpolate(sample[key].view(1, -1, h, w).float(), (height, width), mode="nearest-exact")
-                sample[key] = enlarged.view(*shape, height, width).to(sample[key].dtype)
-        if "depth" in sample:
-            sample["depth"] = sample["depth"] * (w / width)
-        if "K" in sample:
-            moved = resize_intrinsics(sample["K"].numpy(), (h, w), (height, width))
-            sample["K"][:2, 2] = torch.from_numpy(moved[:2, 2])
+    height, width = sample[maps[0]].shape[-2:]
+    flip, top, left = rng.random() < 0.5, 0, 0
     if crop is not None:
-        height, width = sample[maps[0]].shape[-2:]
         top, left = int(rng.integers(height - crop[0] + 1)), int(rng.integers(width - crop[1] + 1))
-        sample = cut(sample, maps, top, left, *crop)
-    if flip:
-        for key in maps:
-            sample[key] = sample[key].flip(-1)
-        if "K" in sample:
-            sample["K"][0, 2] = sample[maps[0]].shape[-1] - 1 - sample["K"][0, 2]
-        if "stereo_T" in sample:
-            sample["stereo_T"][0, 3] *= -1
-    return sample
-
-
-def cut(sample: dict, maps: list[str], top: int, left: int, height: int, width: int) -> dict:
-    """A window of every map of a sample, and the principal point as seen from it."""
+        height, width = crop
     for key in maps:
-        sample[key] = sample[key][..., top:top + height, left:left + width]
+        cropped = sample[key][..., top:top + height, left:left + width]
+        sample[key] = cropped.flip(-1) if flip else cropped
     if "K" in sample:
         sample["K"][0, 2] -= left
         sample["K"][1, 2] -= top
+        if flip:
+            sample["K"][0, 2] = width - 1 - sample["K"][0, 2]
+    if flip and "stereo_T" in sample:
+        sample["stereo_T"][0, 3] *= -1
     return sample
 
 
@@ -352,7 +326,7 @@ class Clips(Dataset):
 
     def __init__(self, samples: list[dict], height: int, width: int, augment: bool = False,
                  crop: tuple[int, int] | None = None, with_depth: bool = False, cache: bool = False,
-                 min_motion: float = 0, zoom: float = 1.0):
+                 min_motion: float = 0):
         moving = [s for s in samples if motion(s["images"]) >= min_motion] if min_motion > 0 else samples
         if len(moving) < len(samples):
             self.dropped += ", " * bool(self.dropped) + f"{len(samples) - len(moving)} near-static"
@@ -362,7 +336,7 @@ class Clips(Dataset):
         if crop and (crop[0] > height or crop[1] > width):
             raise InputError(f"--crop {crop[0]} {crop[1]} is larger than the image ({height} x {width})")
         self.samples, self.size, self.augment, self.crop = samples, (height, width), augment, crop
-        self.with_depth, self.zoom = with_depth, zoom
+        self.with_depth = with_depth
         self.cached = {} if cache else None
 
     def __len__(self) -> int:
@@ -408,7 +382,7 @@ class Clips(Dataset):
             sample["stereo_T"][0, 3] = record["baseline"]
         if self.with_depth:
             sample["depth"] = self.load_depth(record["depth"])
-        return augment(sample, np.random.default_rng(draw), self.crop, self.zoom) if self.augment else sample
+        return crop_and_flip(sample, self.crop, np.random.default_rng(draw)) if self.augment else sample
 
 
 def motion(paths: list[str]) -> float:
@@ -721,7 +695,7 @@ class Labelled(Dataset):
         index, draw = item if isinstance(item, tuple) else (item, (0, 0))
         image, label = self.load(index)
         sample = {"image": image, "label": label.long(), "index": index}
-        return augment(sample, np.random.default_rng(draw)) if self.augment else sample
+        return crop_and_flip(sample, None, np.random.default_rng(draw)) if self.augment else sample
 
 
 def draw_training_set(pool: list, train_size: int | None, split_seed: int) -> list:

@@ -44,8 +44,6 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--depth_scale", type=float, default=1000, help="of --data frames: depth PNG value of one metre")
     group.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"),
                        help='random crops (Table 5, "Depth-cropped": 256 256)')
-    group.add_argument("--zoom", type=float, default=1.0, metavar="X",
-                       help="enlarge random windows by up to X (paper: 1, no zoom; try 1.5 where data is scarce)")
     group.add_argument("--min_depth",
                        type=float, help="of the network's range (default: 0.1; stereo 0.54 metres, depth 1 metre)")
     group.add_argument("--max_depth",
@@ -90,8 +88,6 @@ def parse_options() -> argparse.Namespace:
         args.min_depth = 0.54 if stereo else 1.0 if args.supervision == "depth" else 0.1
     if args.max_depth is None:
         args.max_depth = 540.0 if stereo else 100.0
-    if not 1 <= args.zoom <= 4:
-        raise InputError(f"--zoom {args.zoom}: between 1 and 4")
     if not 0 < args.min_depth < args.max_depth < float("inf"):
         raise InputError(f"--min_depth {args.min_depth} and --max_depth {args.max_depth}: 0 < min < max is needed")
     if args.smoothness is None:
@@ -110,7 +106,7 @@ def make_dataset(args: argparse.Namespace) -> datasets.Clips:
     stereo = args.task == "depth" and "stereo" in args.supervision
     return cls(root, [str(f) for f in args.frame_ids] + ["s"] * stereo, drives=args.drives, frames=tuple(args.frames),
                with_depth=args.task == "depth" and args.supervision == "depth", height=args.height, width=args.width,
-               augment=True, crop=args.crop, cache=args.cache, min_motion=args.min_motion, zoom=args.zoom, **options)
+               augment=True, crop=args.crop, cache=args.cache, min_motion=args.min_motion, **options)
 
 
 def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
