@@ -28,7 +28,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from utils import InputError, run_main
+from utils import InputError, Parser, run_main, within
 
 IGNORE = 255
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -1368,17 +1368,17 @@ def parse_range(text: str) -> tuple[int | None, int | None]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     render = commands.add_parser("render", help="write the synthetic street world in KITTI's layout")
     render.add_argument("--data_path", default="data/synthetic")
-    render.add_argument("--drives", type=int, default=8, help="for pre-training, each another street")
-    render.add_argument("--frames", type=int, default=24, help="stereo pairs a drive")
-    render.add_argument("--labelled", type=int, default=200, help="labelled images, of other streets")
-    render.add_argument("--height", type=int, default=128)
-    render.add_argument("--width", type=int, default=416)
-    render.add_argument("--seed", type=int, default=0)
-    render.add_argument("--workers", type=int, default=2, help="processes")
+    render.add_argument("--drives", type=within(int, 1), default=8, help="for pre-training, each another street")
+    render.add_argument("--frames", type=within(int, 1), default=24, help="stereo pairs a drive")
+    render.add_argument("--labelled", type=within(int, 2), default=200, help="labelled images, of other streets")
+    render.add_argument("--height", type=within(int, 32, 8192), default=128)
+    render.add_argument("--width", type=within(int, 32, 8192), default=416)
+    render.add_argument("--seed", type=within(int, 0), default=0)
+    render.add_argument("--workers", type=within(int, 1, 256), default=2, help="processes")
     args = parser.parse_args()
     render_synthetic(args.data_path, args.drives, args.frames, args.labelled, args.height, args.width, args.seed,
                      args.workers)

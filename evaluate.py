@@ -26,7 +26,7 @@ from tqdm import tqdm
 import datasets
 import losses
 import networks
-from utils import InputError, pick_device, run_main, save_json
+from utils import InputError, Parser, pick_device, run_main, save_json, within
 
 DEPTH_METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3")
 STEREO_SCALE = 5.4  # metres in the unit of Monodepth2's stereo weights, whose baseline is 0.1
@@ -476,13 +476,11 @@ def tables_command(args: argparse.Namespace) -> int:
 def scale_option(text: str) -> float | str:
     if text in ("median", "affine"):
         return text
-    if float(text) <= 0:
-        raise ValueError
-    return float(text)
+    return within(float, 1e-9)(text)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     depth = commands.add_parser("depth", help="the Eigen protocol's seven metrics against LiDAR")
@@ -503,8 +501,8 @@ def main() -> int:
     depth.add_argument("--ground_truth", choices=("auto", "velodyne_x", "z"), default="auto",
                        help="velodyne_x: forward distance of the raw points, the published protocol; z: camera depth. "
                             "auto: velodyne_x where every frame has raw points")
-    depth.add_argument("--min_eval", type=float, default=1e-3, help="metres")
-    depth.add_argument("--max_eval", type=float, default=80.0, help="cap in metres")
+    depth.add_argument("--min_eval", type=within(float, 1e-6), default=1e-3, help="metres")
+    depth.add_argument("--max_eval", type=within(float, 1e-6), default=80.0, help="cap in metres")
     depth.add_argument("--no_crop", action="store_true", help="every measured pixel instead of the Garg crop")
     depth.add_argument("--output", help="folder for depth.csv (per image) and depth.json")
     depth.set_defaults(run=depth_command)

@@ -5,6 +5,8 @@ Conventions: images (B, 3, H, W) in [0, 1]; depth (B, 1, H, W) is camera z; disp
 source-camera points. Every `grid_sample` uses align_corners=True, which is what pixel centres on integers mean.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 
@@ -298,3 +300,12 @@ def reconstruction_loss(reconstructions: list[torch.Tensor], pyramid: list[torch
         weights.append(1 / 2 ** scale)
     weights = removed.new_tensor(weights, dtype=torch.float32)
     return (torch.stack(losses) * weights).sum() / weights.sum()
+
+
+# ---------------------------------------------------------------------------------------------- while training
+
+def refuse_nonfinite(terms: dict[str, torch.Tensor], step: int, indices: torch.Tensor) -> None:
+    """Do not go on with a loss that is not finite: one line, exit code 1, checkpoints as they were."""
+    for name, value in terms.items():
+        if not value.isfinite():
+            sys.exit(f"stopped: {name} is {float(value)} at step {step} (samples {indices.tolist()})")

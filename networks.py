@@ -9,13 +9,14 @@ Parameter names follow Monodepth2's published checkpoints, so that its folders l
 """
 
 import os
+import zipfile
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from utils import InputError, read_tensors
+from utils import InputError
 
 RESNETS = {"resnet18": (64, 64, 128, 256, 512), "resnet50": (64, 256, 512, 1024, 2048)}  # channels of the five features
 DECODER_CHANNELS = (16, 32, 64, 128, 256)  # of the decoder's five levels, finest first
@@ -182,6 +183,77 @@ def count(parameters: list[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
+def check_size(height: int, width: int) -> None:
+    """Refuse sizes that five halvings do not divide (64 at least: the deepest map needs a pixel to reflect)."""
+    for name, value in (("height", height), ("width", width)):
+        if value % 32:
+            raise InputError(f"--{name} {value} is not a multiple of 32: try {round(value / 32) * 32}")
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+def read_tensors(path: str) -> dict:
+    """A checkpoint file as a dict of tensors and builtins; refused when damaged, or when reading it needs code."""
+    try:
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # torch does not compare checksums
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path}") from None
+    except Exception as error:  # noqa: BLE001  (unpickling errors, truncated files, texts: all the same to a user)
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint of tensors: {reason[:160]}") from None
+    if damaged or not isinstance(content, dict):
+        raise InputError(f"{path} is damaged" if damaged else f"{path} holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def read_last(path: str) -> dict | None:
+    """A run's `last.pt`, None where there is none; should it be damaged, the one before it, which ends the same.
+
+    That one, `last.pt.1`, then takes its name, after a line that says so.
+    """
+    older = f"{path}.1"
+    if not os.path.exists(path) and not os.path.exists(older):
+        return None
+    try:
+        checkpoint = read_tensors(path)
+        if not {"step", "args", "log_size", "model", "optimizer"} <= checkpoint.keys():
+            raise InputError(f"{path} is no checkpoint of a run")
+    except InputError as error:
+        if not os.path.exists(older):
+            raise InputError(f"{error}: delete it to start again") from None
+        os.replace(older, path)
+        print(f"{error}: going on from the checkpoint before it, {older}")
+        return read_last(path)
+    return checkpoint
+
+
+def state(model: nn.Module, pose: nn.Module | None = None) -> dict[str, dict]:
+    """State dicts by part, as checkpoints hold them: "encoder", "decoder", and of a PoseNet "pose_encoder", "pose"."""
+    parts = {"encoder": model.encoder.state_dict(), "decoder": model.decoder.state_dict()}
+    if pose is not None:
+        parts |= {"pose_encoder": pose.encoder.state_dict(), "pose": pose.decoder.state_dict()}
+    return parts
+
+
+def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, model: nn.Module,
+            pose: nn.Module | None = None) -> int:
+    """Put networks and optimiser to where a run's checkpoint left them; the number of steps done, 0 without one."""
+    if checkpoint is None:
+        return 0
+    try:
+        model.encoder.load_state_dict(checkpoint["model"]["encoder"])
+        model.decoder.load_state_dict(checkpoint["model"]["decoder"])
+        if pose is not None:
+            pose.encoder.load_state_dict(checkpoint["model"]["pose_encoder"])
+            pose.decoder.load_state_dict(checkpoint["model"]["pose"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (KeyError, ValueError, RuntimeError) as error:  # from another version of the code
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"the run's last.pt does not fit its networks ({reason}): give another --name") from None
+    return checkpoint["step"]
+
+
 # ---------------------------------------------------------------------------------------------- weights from elsewhere
 
 def read_checkpoint(path: str) -> tuple[str, dict, dict]:
@@ -285,23 +357,6 @@ def load_weights(model: nn.Module, path: str, task: str, parts: str = "all", pos
         taken += [fit(pose.encoder, state["pose_encoder"], "pose_encoder", path),
                   fit(pose.decoder, state["pose"], "pose", path)]
     return f"{source}: " + ", ".join(taken)
-
-
-def state(model: nn.Module, pose: nn.Module | None = None) -> dict[str, dict]:
-    """State dicts by part, as checkpoints hold them: "encoder", "decoder", and of a PoseNet "pose_encoder", "pose"."""
-    parts = {"encoder": model.encoder.state_dict(), "decoder": model.decoder.state_dict()}
-    if pose is not None:
-        parts |= {"pose_encoder": pose.encoder.state_dict(), "pose": pose.decoder.state_dict()}
-    return parts
-
-
-def restore(model: nn.Module, parts: dict[str, dict], pose: nn.Module | None = None) -> None:
-    """The inverse of `state`, every tensor strictly."""
-    model.encoder.load_state_dict(parts["encoder"])
-    model.decoder.load_state_dict(parts["decoder"])
-    if pose is not None:
-        pose.encoder.load_state_dict(parts["pose_encoder"])
-        pose.decoder.load_state_dict(parts["pose"])
 
 
 def load_model(path: str) -> tuple[nn.Module, dict]:

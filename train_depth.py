@@ -18,36 +18,37 @@ import datasets
 import evaluate
 import losses
 import networks
-from utils import STOPPED, InputError, Meter, Run, add_common_options, check_options, pick_device, run_main, save_json
+from utils import STOPPED, InputError, Meter, Parser, Run, add_common_options, pick_device, run_main, save_json, within
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to learn")
     group.add_argument("--task", choices=("depth", "flow", "reconstruction"), default="depth")
     group.add_argument("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
                        help="of --task depth: neighbouring frames, the other camera, both, or measured depth")
     group.add_argument("--depth_loss", choices=("l1", "abs_rel", "affine"), default="l1",
                        help="of --supervision depth: L1 in metres (paper), L1 / depth, or 1/depth up to scale, shift")
-    group.add_argument("--frame_ids", type=int, nargs="+", default=None,
+    group.add_argument("--frame_ids", type=within(int, -1000, 1000), nargs="+", default=None,
                        help="target, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
     group.add_argument("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
                        help="of each drive or folder only frames A to B - 1")
     group.add_argument("--drives", nargs="+", metavar="NAME", help="only these drives or folders, not the split's")
     group.add_argument("--cache", action="store_true", help="keep resized images in memory (of each loader process)")
-    group.add_argument("--min_motion", type=float, default=0, metavar="X",
+    group.add_argument("--min_motion", type=within(float, 0, 255), default=0, metavar="X",
                        help="leave out targets that differ from a source frame by less than X on average, of 255 "
                             "(try 2 where the camera stands still)")
-    group.add_argument("--fov", type=float,
+    group.add_argument("--fov", type=within(float, 1, 178),
                        help="horizontal field of view in degrees, where the images come without intrinsics")
-    group.add_argument("--depth_scale", type=float, default=1000, help="of --data frames: depth PNG value of one metre")
-    group.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"),
+    group.add_argument("--depth_scale", type=within(float, 1e-3), default=1000,
+                       help="of --data frames: depth PNG value of one metre")
+    group.add_argument("--crop", type=within(int, 64, 8192), nargs=2, metavar=("H", "W"),
                        help='random crops (Table 5, "Depth-cropped": 256 256)')
-    group.add_argument("--min_depth",
-                       type=float, help="of the network's range (default: 0.1; stereo 0.54 metres, depth 1 metre)")
-    group.add_argument("--max_depth",
-                       type=float, help="of the network's range (default: 100; stereo 540 metres, depth 100 metres)")
+    group.add_argument("--min_depth", type=within(float, 1e-6),
+                       help="of the network's range (default: 0.1; stereo 0.54 metres, depth 1 metre)")
+    group.add_argument("--max_depth", type=within(float, 1e-6),
+                       help="of the network's range (default: 100; stereo 540 metres, depth 100 metres)")
     group = parser.add_argument_group("network")
     group.add_argument("--encoder", choices=tuple(networks.RESNETS), default="resnet18")
     group.add_argument("--init", default="none",
@@ -55,15 +56,18 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--init_parts", choices=("encoder", "all"), default="all",
                        help="what --init loads of a checkpoint")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--steps", type=int,
-                       default=66_350, help="paper: 66350, 20 epochs of Eigen-Zhou's 39810 samples at batch 12")
-    group.add_argument("--batch_size", type=int, default=12, help="paper: 12; flow and reconstruction 8")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="of Adam; paper: 1e-4, flow 5e-5")
-    group.add_argument("--learning_rate_drop", type=float, default=0.75, metavar="SHARE",
+    group.add_argument("--steps", type=within(int, 1), default=66_350,
+                       help="paper: 66350, 20 epochs of Eigen-Zhou's 39810 samples at batch 12")
+    group.add_argument("--batch_size", type=within(int, 1), default=12,
+                       help="paper: 12; flow and reconstruction 8")
+    group.add_argument("--learning_rate", type=within(float, 1e-12, 1), default=1e-4,
+                       help="of Adam; paper: 1e-4, flow 5e-5")
+    group.add_argument("--learning_rate_drop", type=within(float, 0, 1), default=0.75, metavar="SHARE",
                        help="share of the steps after which the learning rate falls (paper: 15 of 20 epochs)")
-    group.add_argument("--learning_rate_factor", type=float, default=0.1, help="by which it then falls (paper: 0.1; "
-                       "reconstruction 0.5 after half of the steps)")
-    group.add_argument("--smoothness", type=float, default=None, help="weight of smoothness (paper: 1e-3; flow 2)")
+    group.add_argument("--learning_rate_factor", type=within(float, 0, 1), default=0.1,
+                       help="by which it then falls (paper: 0.1; reconstruction 0.5 after half of the steps)")
+    group.add_argument("--smoothness", type=within(float, 0),
+                       help="weight of smoothness (paper: 1e-3; flow 2)")
     group.add_argument("--no_automask",
                        action="store_true", help="train on pixels that an unmoved source explains as well")
     group.add_argument("--average_sources", action="store_true", help="mean error over sources instead of the minimum")
@@ -88,14 +92,15 @@ def parse_options() -> argparse.Namespace:
         args.min_depth = 0.54 if stereo else 1.0 if args.supervision == "depth" else 0.1
     if args.max_depth is None:
         args.max_depth = 540.0 if stereo else 100.0
-    if not 0 < args.min_depth < args.max_depth < float("inf"):
-        raise InputError(f"--min_depth {args.min_depth} and --max_depth {args.max_depth}: 0 < min < max is needed")
+    if args.min_depth >= args.max_depth:
+        raise InputError(f"--min_depth {args.min_depth:g} is not below --max_depth {args.max_depth:g}")
     if args.smoothness is None:
         args.smoothness = 2.0 if args.task == "flow" else 1e-3
     kind = args.supervision if args.task == "depth" else args.task
     init = args.init if args.init in ("none", "imagenet") else "init"
     args.name = args.name or f"{kind}_{args.data}_{args.encoder}_{init}_seed{args.seed}"
-    check_options(args)
+    networks.check_size(args.height, args.width)
+    networks.check_size(*args.crop or (64, 64))
     return args
 
 
@@ -191,12 +196,8 @@ def main() -> int:
     # optimiser
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
 
-    run = Run(args, "train_depth.py")
-    start = 0
-    if run.checkpoint is not None:
-        start = run.checkpoint["step"]
-        networks.restore(model, run.checkpoint["model"], pose)
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
+    run = Run(args, "train_depth.py", networks.read_last)
+    start = networks.restore(run.checkpoint, optimizer, model, pose)
     if run.finished:
         print(f"{run.folder}: finished already")
         return 0
@@ -236,14 +237,13 @@ def main() -> int:
         done = step + 1
         last = done == args.steps or run.stop
         if device.type == "cpu" or last or done % args.log_every == 0 or done % args.save_every == 0:
-            meter.check(done, batch["index"])  # on a GPU not at every step, as asking means waiting
+            losses.refuse_nonfinite(terms, done, batch["index"])  # on a GPU not at every step, as asking means waiting
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         optimizer.step()
 
         if done % args.log_every == 0 or last:
-            record = meter.record(args.batch_size)
-            record["learning_rate"] = rate
+            record, meter = {**meter.record(args.batch_size), "learning_rate": rate}, Meter()
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
             run.log({"step": done, **record})
         if step == 0 or done % args.save_every == 0 or last:

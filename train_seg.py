@@ -11,6 +11,7 @@ Weights, options, log, pictures and scores go to runs/<name>/. The same command 
 import argparse
 import math
 import os
+import re
 import time
 
 import torch
@@ -19,20 +20,21 @@ from tqdm import tqdm
 
 import datasets
 import evaluate
+import losses
 import networks
-from utils import STOPPED, InputError, Meter, Run, add_common_options, check_options, pick_device, run_main, save_json
+from utils import STOPPED, InputError, Meter, Parser, Run, add_common_options, pick_device, run_main, save_json, within
 
 CURVES = ("miou", "pixel_accuracy", "cross_entropy")  # logged at every evaluation (Figure 2)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to learn")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.LABELLED)}")
-    group.add_argument("--train_size",
-                       type=int, help="labelled images to train on, drawn at random (paper: 16; default: all)")
-    group.add_argument("--split_seed",
-                       type=int, default=0, help="of that draw; the images for evaluation are always the same")
+    group.add_argument("--train_size", type=within(int, 1),
+                       help="labelled images to train on, drawn at random (paper: 16; default: all)")
+    group.add_argument("--split_seed", type=within(int, 0), default=0,
+                       help="of that draw; the images for evaluation are always the same")
     group = parser.add_argument_group("network")
     group.add_argument("--arch", choices=("unet",), default="unet",
                        help="the depth network with its last layer replaced")
@@ -44,18 +46,21 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--freeze_encoder", action="store_true",
                        help="train the decoder alone: nothing in the encoder changes, nor its batch-norm statistics")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--steps", type=int, default=20_000, help="paper: 20000")
-    group.add_argument("--batch_size", type=int, default=16, help="paper: 16")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="of Adam, falls to 0 along a cosine")
-    group.add_argument("--eval_every", type=int, default=1000, help="steps between evaluations (paper: 1000)")
+    group.add_argument("--steps", type=within(int, 1), default=20_000, help="paper: 20000")
+    group.add_argument("--batch_size", type=within(int, 1), default=16, help="paper: 16")
+    group.add_argument("--learning_rate", type=within(float, 1e-12, 1), default=1e-4,
+                       help="of Adam, falls to 0 along a cosine")
+    group.add_argument("--eval_every", type=within(int, 1), default=1000,
+                       help="steps between evaluations (paper: 1000)")
     add_common_options(parser)
     args = parser.parse_args()
     init = args.init
     if init not in ("none", "imagenet"):
         init = os.path.basename(os.path.normpath(init).removesuffix("/model.pt"))
-    args.name = args.name or "_".join(["seg", args.data, args.encoder, init, "frozen" if args.freeze_encoder else "all",
-                                       f"n{args.train_size or 'all'}", f"split{args.split_seed}", f"seed{args.seed}"])
-    check_options(args)
+    name = "_".join(["seg", args.data, args.encoder, init, "frozen" if args.freeze_encoder else "all",
+                     f"n{args.train_size or 'all'}", f"split{args.split_seed}", f"seed{args.seed}"])
+    args.name = args.name or re.sub(r"[^\w.+=-]", "-", name)  # --init may be "my weights.pth"
+    networks.check_size(args.height, args.width)
     return args
 
 
@@ -111,12 +116,8 @@ def main() -> int:
     # optimiser
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
 
-    run = Run(args, "train_seg.py")
-    start = 0
-    if run.checkpoint is not None:
-        start = run.checkpoint["step"]
-        networks.restore(model, run.checkpoint["model"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
+    run = Run(args, "train_seg.py", networks.read_last)
+    start = networks.restore(run.checkpoint, optimizer, model)
     if run.finished:
         print(f"{run.folder}: finished already")
         return 0
@@ -148,25 +149,24 @@ def main() -> int:
             group["lr"] = rate
 
         logits = model(batch["image"])[0]  # (B, classes, H, W)
-        loss = F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)
-        meter.add({"loss": loss}, waited)
+        terms = {"loss": F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)}
+        meter.add(terms, waited)
         done = step + 1
         last = done == args.steps or run.stop
         if device.type == "cpu" or last or done % args.log_every == 0 or done % args.save_every == 0:
-            meter.check(done, batch["index"])  # on a GPU not at every step, as asking means waiting
+            losses.refuse_nonfinite(terms, done, batch["index"])  # on a GPU not at every step, as asking means waiting
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        terms["loss"].backward()
         optimizer.step()
 
         if done % args.log_every == 0 or last:
-            record = meter.record(args.batch_size)
-            record["learning_rate"] = rate
+            record, meter = {**meter.record(args.batch_size), "learning_rate": rate}, Meter()
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
             run.log({"step": done, **record})
         if done % args.eval_every == 0 or done == args.steps:
             scores = evaluate.evaluate_segmentation(model, val_set, device)
             run.log({"step": done, **{key: scores[key] for key in CURVES}})
-            meter.reset()  # the time of the evaluation is not the steps'
+            meter = Meter()  # the time of the evaluation is not the steps'
         if step == 0 or done % args.save_every == 0 or last:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
         if done % args.save_every == 0 or last:

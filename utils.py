@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
+from contextlib import suppress
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -37,113 +38,86 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(130)
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are one line, like those about any other bad input."""
+
+    def error(self, message: str) -> None:
+        raise InputError(message.removeprefix("argument ").replace(": ", " ", 1))  # --steps 0 is not ...
+
+
+def within(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
+    """A type for options: an int or float from low to high."""
+    def parse(text: str) -> float:
+        if not low <= kind(text) <= high:  # as NaN is not
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+    parse.__name__ = kind.__name__  # argparse says so where text is no number
+    return parse
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options of both training scripts, grouped as --help shows them."""
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
-    group.add_argument("--height", type=int, default=192, help="pixels, a multiple of 32 (paper: 192)")
-    group.add_argument("--width", type=int, default=640, help="pixels, a multiple of 32 (paper: 640)")
-    group.add_argument("--num_workers", type=int, default=2, help="loader processes; 0 loads in this one")
+    group.add_argument("--height", type=within(int, 64, 8192), default=192, help="pixels, multiple of 32 (paper: 192)")
+    group.add_argument("--width", type=within(int, 64, 8192), default=640, help="pixels, multiple of 32 (paper: 640)")
+    group.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes; 0 for none")
     group = parser.add_argument_group("run")
     group.add_argument("--name", help="folder below --log_dir (default: made of the options)")
     group.add_argument("--log_dir", default="runs", help="where run folders go")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    group.add_argument("--seed", type=within(int, 0), default=0, help="of weights, order and augmentation")
     group.add_argument("--resume", action="store_true",
                        help="demand a checkpoint to continue from; one that is there is used in any case")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    group.add_argument("--log_every", type=int, default=50, help="steps between log records")
-    group.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Refuse numbers out of range, and sizes that five halvings do not divide or leave without a pixel to reflect."""
-    sizes = {"height": args.height, "width": args.width}
-    if getattr(args, "crop", None):
-        sizes |= {"crop height": args.crop[0], "crop width": args.crop[1]}
-    for name, value in sizes.items():
-        if value < 64 or value % 32:
-            nearest = max(64, round(value / 32) * 32)
-            raise InputError(f"--{name} {value} is not a multiple of 32 of at least 64: try {nearest}")
-    for name, least in {"steps": 1, "batch_size": 1, "log_every": 1, "save_every": 1, "eval_every": 1, "num_workers": 0,
-                        "seed": 0, "split_seed": 0}.items():
-        if getattr(args, name, least) < least:
-            raise InputError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    if not 0 < args.learning_rate < 1:
-        raise InputError(f"--learning_rate must be between 0 and 1, not {args.learning_rate}")
+    group.add_argument("--log_every", type=within(int, 1), default=50, help="steps between log records")
+    group.add_argument("--save_every", type=within(int, 1), default=1000, help="steps between checkpoints")
 
 
 def pick_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name} is no device: use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        with suppress(RuntimeError, AssertionError):  # AssertionError: a torch without CUDA
+            return torch.empty(0, device=name).device
+    raise InputError(f"--device {name}: use cpu, cuda or cuda:N; here are {torch.cuda.device_count()} CUDA devices")
 
 
-def write_atomically(path: str, write: Callable[[str], None]) -> None:
-    """`write(temporary)`, flushed to disk and renamed: readers see the old file or the new one, never a part."""
+def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_previous: bool = False) -> None:
+    """`write(file)`, flushed to disk and renamed: readers see the old file or the new one, never a part.
+
+    keep_previous: the old file becomes PATH.1; a crash between the two renames leaves that alone.
+    """
     temporary = f"{path}.tmp"
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
+        if keep_previous and os.path.exists(path):
+            os.replace(path, f"{path}.1")
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        if os.path.exists(temporary):
+    except (OSError, RuntimeError) as error:  # torch.save may turn the one into the other
+        with suppress(OSError):
             os.remove(temporary)
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"could not write {path}: {reason} (what was there before is untouched)") from None
 
 
 def save_json(path: str, content: dict) -> None:
-    def write(temporary: str) -> None:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-    write_atomically(path, write)
-
-
-def read_tensors(path: str) -> dict:
-    """A checkpoint file as a dict of tensors and builtins; refused when damaged, or when reading it needs code."""
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not compare checksums
-            raise InputError(f"{path} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no checkpoint at {path}") from None
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001  (unpickling errors, truncated files, texts: all the same to a user)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a readable checkpoint of tensors: {reason[:160]}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    return content
-
-
-def step_of(line: str) -> float:
-    """The step of a log record; a line that a crash cut short comes after all others."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
 
 
 class Run:
-    """The run folder `<log_dir>/<name>`: args.json, log.jsonl, last.pt, model.pt, result.json, samples/.
+    """The run folder `<log_dir>/<name>`: args.json, log.jsonl, last.pt, last.pt.1, model.pt, result.json, samples/.
 
-    Continues a run whose last.pt is there, after checking that its options are those of this command; `finished` when
-    there is nothing left to do. Raises InputError when another process runs there.
+    Continues a run that has a checkpoint (`read_last` reads it), after checking that its options are those of this
+    command; `finished` when there is nothing left to do. Raises InputError when another process runs there.
     """
 
-    def __init__(self, args: argparse.Namespace, script: str):
-        if not re.fullmatch(r"[\w][\w.+=-]*", args.name):
+    def __init__(self, args: argparse.Namespace, script: str, read_last: Callable[[str], dict | None]):
+        if not re.fullmatch(r"\w[\w.+=-]*", args.name):
             raise InputError(f"--name {args.name!r}: letters, digits and . _ + = - only (it names a folder)")
         self.args, self.folder, self.stop = args, os.path.join(args.log_dir, args.name), False
+        if args.resume and not any(os.path.exists(self.path(name)) for name in ("last.pt", "last.pt.1")):
+            raise InputError(f"--resume: there is no {self.path('last.pt')}")
         try:
             os.makedirs(self.path("samples"), exist_ok=True)
             self.lock = open(self.path("lock"), "w")  # noqa: SIM115  (held as long as the process lives)
@@ -154,22 +128,15 @@ class Run:
             raise InputError(f"cannot make the run folder {self.folder}: {error.strerror}") from None
 
         self.finished = os.path.exists(self.path("result.json")) and os.path.exists(self.path("model.pt"))
-        self.checkpoint = read_tensors(self.path("last.pt")) if os.path.exists(self.path("last.pt")) else None
-        if self.checkpoint is None and args.resume:
-            raise InputError(f"--resume: there is no {self.path('last.pt')}")
+        self.checkpoint = read_last(self.path("last.pt"))
         if self.checkpoint is not None:
-            if not {"step", "args", "model", "optimizer"} <= self.checkpoint.keys():
-                raise InputError(f"{self.path('last.pt')} is no checkpoint of a run: delete it to start again")
             self._refuse_other_options(self.checkpoint["args"])
         elif not self.finished:
-            git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
-                                 capture_output=True, text=True, check=False) if shutil.which("git") else None
-            save_json(self.path("args.json"), {
-                "script": script, "command": " ".join([script, *sys.argv[1:]]), "options": vars(args),
-                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-                "git_commit": git.stdout.strip() if git and git.returncode == 0 else None})
+            self._describe(script)
         if not self.finished:
-            self._open_log()
+            self.log_file = open(self.path("log.jsonl"), "a", buffering=1)  # noqa: SIM115  (open as long as the run)
+            known = self.checkpoint["log_size"] if self.checkpoint else 0
+            self.log_file.truncate(min(known, self.log_file.tell()))  # later records are of steps that are run again
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
 
@@ -184,14 +151,13 @@ class Run:
             raise InputError(f"{self.folder} holds a run with other options ({'; '.join(differing)}): "
                              "give another --name, or delete the folder")
 
-    def _open_log(self) -> None:
-        """Records after the checkpoint belong to steps that are run again."""
-        kept = []
-        if self.checkpoint is not None and os.path.exists(self.path("log.jsonl")):
-            with open(self.path("log.jsonl")) as file:
-                kept = [line for line in file if step_of(line) <= self.checkpoint["step"]]
-        self.log_file = open(self.path("log.jsonl"), "w", buffering=1)  # noqa: SIM115  (open as long as the run)
-        self.log_file.writelines(kept)
+    def _describe(self, script: str) -> None:
+        git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--verify", "HEAD"]
+        commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        save_json(self.path("args.json"), {
+            "script": script, "command": " ".join([script, *sys.argv[1:]]), "options": vars(self.args),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+            "git_commit": commit or None})
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.stop:  # a second signal ends at once
@@ -211,38 +177,24 @@ class Run:
             if not all(torch.isfinite(value).all() for value in part.values()):
                 sys.exit(f"stopped: weights of the {name} are not finite after step {step}; nothing was overwritten")
         model = {"options": {**options, "steps": step}, **parts}
-        last = {"step": step, "args": vars(self.args), "model": parts, "optimizer": optimizer.state_dict()}
-        for name, content in (("model.pt", model), ("last.pt", last)):
-            write_atomically(self.path(name), lambda temporary, content=content: torch.save(content, temporary))
+        last = {"step": step, "args": vars(self.args), "log_size": self.log_file.tell(), "model": parts,
+                "optimizer": optimizer.state_dict()}
+        write_atomically(self.path("model.pt"), lambda file: torch.save(model, file))
+        write_atomically(self.path("last.pt"), lambda file: torch.save(last, file), keep_previous=True)
 
 
 class Meter:
-    """Means of loss terms and times between two log records, kept on the device so that no step waits for a number."""
+    """Means of loss terms and times between two log records; terms stay on the device, so that no step waits."""
 
     def __init__(self):
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew, at a record or after time that is not the steps'."""
-        self.sums, self.steps, self.data_seconds, self.start = {}, 0, 0.0, time.perf_counter()
+        self.terms, self.data_seconds, self.start = [], 0.0, time.perf_counter()
 
     def add(self, terms: dict[str, torch.Tensor], data_seconds: float) -> None:
-        for key, value in terms.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach()
-        self.steps += 1
+        self.terms.append({key: value.detach() for key, value in terms.items()})
         self.data_seconds += data_seconds
 
-    def check(self, step: int, indices: torch.Tensor) -> None:
-        """Refuse to go on with a loss that is not finite: one line, exit code 1, last.pt as it was."""
-        for key, value in self.sums.items():
-            if not torch.isfinite(value):
-                sys.exit(f"stopped: {key} is {float(value)} at step {step} (samples {indices.tolist()})")
-
     def record(self, batch_size: int) -> dict:
-        """Means since the last record; starts anew."""
-        means = {key: float(value) / self.steps for key, value in self.sums.items()}
-        seconds = time.perf_counter() - self.start
-        out = {**means, "ms_per_step": 1000 * seconds / self.steps, "ms_data": 1000 * self.data_seconds / self.steps,
-               "samples_per_s": batch_size * self.steps / seconds}
-        self.reset()
-        return out
+        steps, seconds = len(self.terms), time.perf_counter() - self.start
+        means = {key: float(sum(terms[key] for terms in self.terms)) / steps for key in self.terms[0]}
+        return {**means, "ms_per_step": 1000 * seconds / steps, "ms_data": 1000 * self.data_seconds / steps,
+                "samples_per_s": batch_size * steps / seconds}
