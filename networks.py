@@ -8,6 +8,7 @@ Parameter names follow Monodepth2's published checkpoints, so that its folders l
     print(networks.load_weights(model, "runs/depth/model.pt"))    # encoder 120/120, decoder 20/22: head replaced
 """
 
+import argparse
 import os
 import zipfile
 
@@ -15,10 +16,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from utils import InputError
 
 RESNETS = {"resnet18": (64, 64, 128, 256, 512), "resnet50": (64, 256, 512, 1024, 2048)}  # channels of the five features
+IMAGENET_MEAN, IMAGENET_STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+HEADS = {  # by architecture, the names of the last layers, which each task replaces
+    "unet": ("decoder.10.", "decoder.11.", "decoder.12.", "decoder.13."), "deeplabv3": ("4.",)}
+HEADS["flow"] = HEADS["unet"]
 DECODER_CHANNELS = (16, 32, 64, 128, 256)  # of the decoder's five levels, finest first
 FLOW_RANGE = 0.4  # flow = 0.4 * (sigmoid - 0.5) of the image size: at most a fifth of it in each direction
 
@@ -27,22 +33,25 @@ class ResnetEncoder(nn.Module):
     """torchvision's ResNet cut into five feature maps.
 
     images: (B, 3 * stacked, H, W) in [0, 1], H and W multiples of 32. Normalised here and nowhere else.
-    Returns five tensors at strides 2, 4, 8, 16, 32.
+    Returns five tensors at strides 2, 4, 8, 16, 32; dilated (which torchvision has for ResNet-50 alone) 2, 4, 8, 8, 8.
     """
 
-    def __init__(self, name: str = "resnet18", stacked: int = 1):
+    def __init__(self, name: str = "resnet18", stacked: int = 1, dilated: bool = False):
         super().__init__()
-        self.name, self.channels = name, RESNETS[name]
-        self.encoder = getattr(torchvision.models, name)(weights=None)
+        self.name, self.channels, self.stride = name, RESNETS[name], 8 if dilated else 32
+        dilation = {"replace_stride_with_dilation": (False, True, True)} if dilated else {}
+        self.encoder = getattr(torchvision.models, name)(weights=None, **dilation)
         del self.encoder.fc
+        # Monodepth2's constants, close to ImageNet's mean and deviation
+        self.register_buffer("mean", torch.full((1, 1, 1, 1), 0.45), persistent=False)
+        self.register_buffer("std", torch.full((1, 1, 1, 1), 0.225), persistent=False)
         if stacked > 1:
             self.encoder.conv1 = nn.Conv2d(3 * stacked, 64, kernel_size=7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         net = self.encoder
-        x = (images - 0.45) / 0.225  # Monodepth2's constants, close to ImageNet's mean and deviation
-        features = [net.relu(net.bn1(net.conv1(x)))]
+        features = [net.relu(net.bn1(net.conv1((images - self.mean) / self.std)))]
         features.append(net.layer1(net.maxpool(features[-1])))
         for layer in (net.layer2, net.layer3, net.layer4):
             features.append(layer(features[-1]))
@@ -102,16 +111,30 @@ class DepthDecoder(nn.Module):
         return [outputs[scale] for scale in self.scales]
 
 
-class UNet(nn.Module):
+class LastMapDecoder(nn.Sequential):
+    """Layers on the encoder's last map alone (DeepLabV3's head), then bilinear upsampling to the image's size.
+
+    features: the encoder's maps; stride: of the last one. Returns [(B, channels, H, W)].
+    """
+
+    def __init__(self, stride: int, *layers: nn.Module):
+        super().__init__(*layers)
+        self.stride = stride
+
+    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        small = super().forward(features[-1])
+        return [F.interpolate(small, scale_factor=self.stride, mode="bilinear", align_corners=False)]
+
+
+class Network(nn.Module):
     """Encoder and decoder; the raw outputs are disparity (before the sigmoid), colours or class scores, as trained.
 
     images: (B, 3, H, W) in [0, 1]. Returns a list, finest scale first: (B, channels, H / 2^s, W / 2^s).
     """
 
-    def __init__(self, encoder: str = "resnet18", channels: int = 1, scales: tuple[int, ...] = (0, 1, 2, 3)):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
-        self.encoder = ResnetEncoder(encoder)
-        self.decoder = DepthDecoder(self.encoder.channels, channels, scales)
+        self.encoder, self.decoder = encoder, decoder
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         return self.decoder(self.encoder(images))
@@ -167,15 +190,30 @@ class PoseNet(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- building by name
 
-def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,)) -> nn.Module:
-    """A network by name. arch: "unet" or "flow"; encoder: "resnet18" or "resnet50"; channels of the head(s)."""
-    if encoder not in RESNETS:
-        raise InputError(f"unknown encoder '{encoder}': choose from {', '.join(RESNETS)}")
-    if arch == "unet":
-        return UNet(encoder, channels, scales)
+def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,),
+          normalize_twice: bool = False) -> nn.Module:
+    """A network by name.
+
+    arch: "unet", "flow" or "deeplabv3", encoder: "resnet18" or "resnet50"; channels of the head(s), one for each of
+    `scales` in the U-Net, one at full size elsewhere. normalize_twice: as the authors' release did with ImageNet's
+    weights, images go through ImageNet's mean and deviation before the encoder's own.
+    """
+    for kind, name, known in (("encoder", encoder, RESNETS), ("architecture", arch, HEADS)):
+        if name not in known:
+            raise InputError(f"unknown {kind} '{name}': choose from {', '.join(known)}")
     if arch == "flow":
-        return FlowNet(encoder, scales)
-    raise InputError(f"unknown architecture '{arch}': choose from unet, flow")
+        model = FlowNet(encoder, scales)
+    elif arch == "unet":
+        features = ResnetEncoder(encoder)
+        model = Network(features, DepthDecoder(features.channels, channels, scales))
+    else:
+        features = ResnetEncoder(encoder, dilated=encoder == "resnet50")
+        model = Network(features, LastMapDecoder(features.stride, *DeepLabHead(features.channels[-1], channels)))
+    model.decoder.heads = HEADS[arch]
+    if normalize_twice:  # (x - m) / s of (images - M) / S, in one
+        features = model.encoder
+        features.mean, features.std = IMAGENET_MEAN + IMAGENET_STD * features.mean, IMAGENET_STD * features.std
+    return model
 
 
 def count(parameters: list[nn.Parameter]) -> int:
@@ -183,11 +221,15 @@ def count(parameters: list[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def check_size(height: int, width: int) -> None:
-    """Refuse sizes that five halvings do not divide (64 at least: the deepest map needs a pixel to reflect)."""
-    for name, value in (("height", height), ("width", width)):
-        if value % 32:
-            raise InputError(f"--{name} {value} is not a multiple of 32: try {round(value / 32) * 32}")
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what the network asked for cannot take: image sizes, and a batch of one for DeepLabV3."""
+    step = 32  # a pixel of the deepest map
+    crop = [("crop", side) for side in vars(args).get("crop") or ()]
+    for name, value in (("height", args.height), ("width", args.width), *crop):
+        if value % step:
+            raise InputError(f"--{name} {value} is not a multiple of {step}: try {round(value / step) * step}")
+    if args.arch == "deeplabv3" and args.batch_size < 2:
+        raise InputError("--batch_size 1: DeepLabV3 normalises its image-wide feature over the batch, which takes two")
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -304,7 +346,7 @@ def imagenet_checkpoint(encoder: str) -> tuple[str, dict, dict]:
 
 def is_head(module: nn.Module, key: str) -> bool:
     """Whether a parameter belongs to the last layers of a decoder, which each task replaces."""
-    return isinstance(module, DepthDecoder) and key.startswith(tuple(f"decoder.{i}." for i in range(10, 14)))
+    return key.startswith(getattr(module, "heads", ()))
 
 
 def fit(module: nn.Module, state: dict, name: str, path: str, keep_head: bool = True) -> str:
@@ -369,10 +411,12 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
         needed |= {"min_depth", "max_depth"}
     if not needed <= options.keys() or not all(64 <= options[k] <= 8192 for k in ("height", "width")):
         raise InputError(f"{path}: its options lack {', '.join(sorted(needed - options.keys())) or 'a sensible size'}")
-    heads = sorted(k for k in parts["decoder"] if k.endswith(".conv.weight") and k.count(".") == 3)
-    channels = parts["decoder"][heads[0]].shape[0]
     arch = "flow" if options["task"] == "flow" else options["arch"]
-    model = build(arch, options["encoder"], channels, scales=tuple(range(len(heads))))
+    heads = sorted(k for k in parts["decoder"] if k.startswith(HEADS.get(arch, ())) and k.endswith("weight"))
+    if not heads:
+        raise InputError(f"{path}: its decoder is none of the architecture '{arch}'")
+    channels = parts["decoder"][heads[0]].shape[0]
+    model = build(arch, options["encoder"], channels, tuple(range(len(heads))), options.get("normalize_twice", False))
     for part in ("encoder", "decoder"):
         if ": " in fit(getattr(model, part), parts[part], part, path):
             raise InputError(f"{path}: the {part}'s head does not fit its options")

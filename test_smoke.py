@@ -6,6 +6,7 @@
 Tests on real images read ../shared/data or $DEPTH2SEG_DATA. Where a folder is absent, its tests are skipped and say so.
 """
 
+import argparse
 import glob
 import json
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
 import datasets
@@ -814,6 +816,7 @@ def test_step_batches():
     order = [index for batch in everything for index, _ in batch]
     epochs = [order[10 * epoch:10 * epoch + 10] for epoch in range(8)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert {len(batch) for batch in everything} == {4}  # never a part of one, whatever the epoch leaves
     draws = [draw for batch in everything for _, draw in batch]
     assert len(set(draws)) == len(draws)
     assert batches(0, 20, seed=4) != everything
@@ -1499,6 +1502,89 @@ def test_tables_of_real_runs(capsys, log_dir, fine_tuned):
     )
 
 
+# ------------------------------------------------------------------------------------ architectures
+
+def test_torchvision_deeplab():
+    """The same outputs as torchvision's model with the same weights."""
+    torch.manual_seed(0)
+    source = torchvision.models.segmentation.deeplabv3_resnet50(None, num_classes=21, weights_backbone=None).eval()
+    model = networks.build("deeplabv3", "resnet50", 21).eval()
+    model.encoder.encoder.load_state_dict(source.backbone.state_dict())
+    model.decoder.load_state_dict(source.classifier.state_dict())
+    images = smooth_images(1, 64, 96)
+    with torch.no_grad():
+        assert_close(model(images)[0], source((images - 0.45) / 0.225)["out"], 1e-4, 1e-5)
+
+
+def test_normalize_twice():
+    """Once by ImageNet's mean and deviation, then by the encoder's own."""
+    images, outputs = smooth_images(1, 64, 96), []
+    for twice in (False, True):
+        torch.manual_seed(0)
+        outputs.append(networks.build("unet", "resnet18", 3, normalize_twice=twice).eval())
+    once, twice = outputs
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        assert_close(twice(images)[0], once((images - mean) / std)[0], 1e-4, 1e-5)
+        assert not torch.allclose(twice(images)[0], once(images)[0], rtol=0.1)
+
+
+def test_optimizers_and_schedules():
+    """SGD as for Cityscapes, a polynomial schedule, and a learning rate of the encoder's own."""
+    args = argparse.Namespace(optimizer="sgd", schedule="poly", learning_rate=0.1, steps=100,
+                              encoder_learning_rate_factor=0.1)
+    model = networks.build("unet", "resnet18", 3)
+    optimizer = train_seg.make_optimizer(args, model)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [(group["factor"], group["momentum"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.1, 0.9, 1e-4), (1.0, 0.9, 1e-4)]
+    assert train_seg.learning_rate(args, 0) == 0.1
+    assert train_seg.learning_rate(args, 50) == pytest.approx(0.1 * 0.5 ** 0.9)
+    args.schedule, args.optimizer = "cosine", "adam"
+    assert train_seg.learning_rate(args, 50) == pytest.approx(0.05)
+    model.encoder.requires_grad_(False)
+    assert [group["factor"] for group in train_seg.make_optimizer(args, model).param_groups] == [1.0]
+
+
+def arch_run(script, capsys, world: str, log_dir, name: str, *options: str) -> str:
+    """Two steps of a script in this process: the run folder."""
+    code, _, errors = call(capsys, script, "--data_path", world, "--log_dir", log_dir, "--num_workers", "0", "--name",
+                           name, "--batch_size", "2", "--steps", "2", "--log_every", "1", *options)
+    assert code == 0, errors
+    return os.path.join(log_dir, name)
+
+
+def test_deeplab_from_depth_to_segmentation(tmp_path, capsys, world, pretrained):
+    """Table 5's way: depth with a one-channel last layer, then all but that layer for segmentation. And across:
+    a U-Net's encoder in DeepLabV3, a DeepLabV3's in a U-Net."""
+    size = ["--height", "64", "--width", "64"]
+    depth = arch_run(train_depth, capsys, world, tmp_path, "depth", *size, "--arch", "deeplabv3", "--supervision",
+                     "depth")
+    code, _, errors = call(capsys, evaluate, "depth", "--weights", depth, "--data", "synthetic", "--data_path", world,
+                           "--frames", "0:1")
+    assert code == 0, errors
+
+    network, head = networks.build("deeplabv3", "resnet18", 19), "decoder.4.weight"
+    message = networks.load_weights(network, depth, "segmentation")
+    total = len(network.decoder.state_dict())
+    assert f"encoder 120/120, decoder {total - 2}/{total}: head replaced" in message
+    seg = arch_run(train_seg, capsys, world, tmp_path, "seg", *size, "--arch", "deeplabv3", "--init", depth,
+                   "--normalize_twice", "--freeze_batch_norm_only", "--optimizer", "sgd", "--schedule", "poly")
+    before, after = read_weights(depth), read_weights(seg)
+    assert before.keys() == after.keys() and before[head].shape[0] == 1 and after[head].shape[0] == 19
+    changed = {key for key in differing(before, after) if key.startswith("encoder.")}
+    assert changed == {key for key in after if key.startswith("encoder.") and not key.endswith(
+        ("running_mean", "running_var", "num_batches_tracked"))}  # what the release called frozen
+    code, output, errors = call(capsys, evaluate, "seg", "--weights", seg, "--data_path", world)
+    assert code == 0 and f"mIoU {read_json(seg, 'result.json')['miou']:.2f} %" in output, errors  # twice here as well
+
+    for arch, source in (("deeplabv3", pretrained("mono")), ("unet", depth)):
+        network = networks.build(arch, "resnet18", 19)
+        with pytest.raises(utils.InputError, match="--init_parts encoder"):
+            networks.load_weights(network, source, "segmentation")
+        assert "encoder 120/120, decoder fresh" in networks.load_weights(network, source, "segmentation", "encoder")
+
+
 # ------------------------------------------------------------------------------------ errors as users meet them
 
 def assert_one_line(code: int, errors: str, words: tuple[str, ...]) -> None:
@@ -1682,6 +1768,23 @@ def size_too_small(folder):
     return train_depth, frames_run(folder, "--height", "32"), ["--height 32"]
 
 
+def deeplab_of_one_image(folder):
+    return train_seg, semantics_run(folder, "--arch", "deeplabv3"), ["--batch_size 1", "DeepLabV3"]
+
+
+def flow_by_deeplab(folder):
+    return train_depth, tiny_run(folder, "--task", "flow", "--arch", "deeplabv3"), ["--task flow", "--arch deeplabv3"]
+
+
+def two_ways_of_freezing(folder):
+    options = ["--freeze_encoder", "--freeze_batch_norm_only"]
+    return train_seg, semantics_run(folder, *options), options
+
+
+def encoder_without_learning_rate(folder):
+    return train_seg, semantics_run(folder, "--encoder_learning_rate_factor", "0"), ["--encoder_learning_rate_factor"]
+
+
 def train_size_too_large(folder):
     return train_seg, semantics_run(folder, "--train_size", "16"), ["--train_size 16"]
 
@@ -1856,6 +1959,10 @@ ERRORS = (
     unknown_label_id,
     size_no_multiple_of_32,
     size_too_small,
+    deeplab_of_one_image,
+    flow_by_deeplab,
+    two_ways_of_freezing,
+    encoder_without_learning_rate,
     train_size_too_large,
     negative_train_size,
     batch_larger_than_data,

@@ -50,6 +50,8 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--max_depth", type=within(float, 1e-6),
                        help="of the network's range (default: 100; stereo 540 metres, depth 100 metres)")
     group = parser.add_argument_group("network")
+    group.add_argument("--arch", choices=("unet", "deeplabv3"), default="unet",
+                       help="paper: unet; deeplabv3 for Table 5, with one output scale")
     group.add_argument("--encoder", choices=tuple(networks.RESNETS), default="resnet18")
     group.add_argument("--init", default="none",
                        help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
@@ -87,6 +89,8 @@ def parse_options() -> argparse.Namespace:
         raise InputError("--frame_ids needs at least one source frame besides 0")
     if args.task == "flow" and len(args.frame_ids) != 2:
         raise InputError("--task flow takes two frames: --frame_ids 0 -1")
+    if args.task == "flow" and args.arch != "unet":
+        raise InputError(f"--task flow has the U-Net's decoder: leave --arch {args.arch} out")
     # the range of Monodepth2's network, 0.1 to 100; with a metric baseline its unit is 5.4 m
     if args.min_depth is None:
         args.min_depth = 0.54 if stereo else 1.0 if args.supervision == "depth" else 0.1
@@ -98,9 +102,9 @@ def parse_options() -> argparse.Namespace:
         args.smoothness = 2.0 if args.task == "flow" else 1e-3
     kind = args.supervision if args.task == "depth" else args.task
     init = args.init if args.init in ("none", "imagenet") else "init"
-    args.name = args.name or f"{kind}_{args.data}_{args.encoder}_{init}_seed{args.seed}"
-    networks.check_size(args.height, args.width)
-    networks.check_size(*args.crop or (64, 64))
+    network = args.encoder if args.arch == "unet" else f"{args.arch}_{args.encoder}"
+    args.name = args.name or f"{kind}_{args.data}_{network}_{init}_seed{args.seed}"
+    networks.check_options(args)
     return args
 
 
@@ -182,7 +186,7 @@ def main() -> int:
     # model
     torch.manual_seed(args.seed)
     channels = {"depth": 1, "flow": 2, "reconstruction": 3}[args.task]
-    model = networks.build("flow" if args.task == "flow" else "unet", args.encoder, channels, scales=(0, 1, 2, 3))
+    model = networks.build("flow" if args.task == "flow" else args.arch, args.encoder, channels, scales=(0, 1, 2, 3))
     pose = networks.PoseNet("resnet18") if args.task == "depth" and "mono" in args.supervision else None
     taken = "random weights"
     if args.init != "none":
@@ -204,7 +208,7 @@ def main() -> int:
     what = f"depth ({args.supervision})" if args.task == "depth" else args.task
     print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}"
           + (f" (left out: {dataset.dropped})" * bool(dataset.dropped)))
-    print(f"{args.encoder}, {networks.count(parameters) / 1e6:.1f} M parameters, {taken}; "
+    print(f"{args.arch} {args.encoder}, {networks.count(parameters) / 1e6:.1f} M parameters, {taken}; "
           f"{args.width}x{args.height}, batch {args.batch_size}, {args.steps} steps = "
           f"{args.steps * args.batch_size / len(dataset):.1f} epochs on {device}"
           + (f"; continues at step {start}" if start else ""))
@@ -213,11 +217,11 @@ def main() -> int:
     if args.task == "depth" and args.supervision == "mono":
         print("monocular video fixes depth up to one unknown scale: it has no metres")
 
-    kept = ("task", "supervision", "depth_loss", "encoder", "init", "height", "width", "crop", "min_depth", "max_depth",
-            "data", "seed")
+    kept = ("task", "supervision", "depth_loss", "arch", "encoder", "init", "height", "width", "crop", "min_depth",
+            "max_depth", "data", "seed")
     options = {key: getattr(args, key) for key in kept}
     metric = "stereo" in args.supervision or (args.supervision == "depth" and args.depth_loss != "affine")
-    options |= {"arch": "unet", "metric": metric}
+    options["metric"] = metric
 
     # loop
     meter, done, record = Meter(), start, {}

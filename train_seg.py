@@ -36,8 +36,8 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--split_seed", type=within(int, 0), default=0,
                        help="of that draw; the images for evaluation are always the same")
     group = parser.add_argument_group("network")
-    group.add_argument("--arch", choices=("unet",), default="unet",
-                       help="the depth network with its last layer replaced")
+    group.add_argument("--arch", choices=("unet", "deeplabv3"), default="unet",
+                       help="unet: the depth network with its last layer replaced; deeplabv3: torchvision's")
     group.add_argument("--encoder", choices=tuple(networks.RESNETS), default="resnet18")
     group.add_argument("--init", default="none",
                        help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
@@ -45,11 +45,20 @@ def parse_options() -> argparse.Namespace:
                        help="what --init loads of a checkpoint (Table 3: encoder)")
     group.add_argument("--freeze_encoder", action="store_true",
                        help="train the decoder alone: nothing in the encoder changes, nor its batch-norm statistics")
+    group.add_argument("--freeze_batch_norm_only", action="store_true",
+                       help="what the authors' release calls freezing: the encoder trains, its statistics do not")
+    group.add_argument("--normalize_twice", action="store_true",
+                       help="as the authors' release does for ImageNet: mean and deviation are taken off twice")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--steps", type=within(int, 1), default=20_000, help="paper: 20000")
     group.add_argument("--batch_size", type=within(int, 1), default=16, help="paper: 16")
-    group.add_argument("--learning_rate", type=within(float, 1e-12, 1), default=1e-4,
-                       help="of Adam, falls to 0 along a cosine")
+    group.add_argument("--learning_rate", type=within(float, 1e-12, 1), default=1e-4, help="at the start; falls to 0")
+    group.add_argument("--encoder_learning_rate_factor", type=within(float, 1e-12), default=1.0, metavar="X",
+                       help="the encoder's learning rate is X times the decoder's")
+    group.add_argument("--optimizer", choices=("adam", "sgd"), default="adam",
+                       help="sgd: momentum 0.9, weight decay 1e-4 (paper: adam; Cityscapes sgd)")
+    group.add_argument("--schedule", choices=("cosine", "poly"), default="cosine",
+                       help="poly: (1 - step / steps)^0.9 (paper: cosine; Cityscapes poly)")
     group.add_argument("--eval_every", type=within(int, 1), default=1000,
                        help="steps between evaluations (paper: 1000)")
     add_common_options(parser)
@@ -57,11 +66,32 @@ def parse_options() -> argparse.Namespace:
     init = args.init
     if init not in ("none", "imagenet"):
         init = os.path.basename(os.path.normpath(init).removesuffix("/model.pt"))
-    name = "_".join(["seg", args.data, args.encoder, init, "frozen" if args.freeze_encoder else "all",
-                     f"n{args.train_size or 'all'}", f"split{args.split_seed}", f"seed{args.seed}"])
+    if args.freeze_encoder and args.freeze_batch_norm_only:
+        raise InputError("--freeze_encoder and --freeze_batch_norm_only: choose one")
+    tuned = "frozen" if args.freeze_encoder else "frozenbn" if args.freeze_batch_norm_only else "all"
+    network = args.encoder if args.arch == "unet" else f"{args.arch}_{args.encoder}"
+    name = "_".join(["seg", args.data, network, init, tuned, f"n{args.train_size or 'all'}", f"split{args.split_seed}",
+                     f"seed{args.seed}"])
     args.name = args.name or re.sub(r"[^\w.+=-]", "-", name)  # --init may be "my weights.pth"
-    networks.check_size(args.height, args.width)
+    networks.check_options(args)
     return args
+
+
+def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Adam, or SGD as for Cityscapes, over what is not frozen; each group's "factor" scales its learning rate."""
+    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "factor": factor} for part, factor in
+              ((model.encoder, args.encoder_learning_rate_factor), (model.decoder, 1.0))]
+    groups = [group for group in groups if group["params"]]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
+    return torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
+
+
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """The decoder's learning rate at a step: falls to 0 along a cosine, or as a polynomial."""
+    done = step / args.steps
+    share = 0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else (1 - done) ** 0.9
+    return args.learning_rate * share
 
 
 def name_pretraining(init: str) -> str:
@@ -103,18 +133,20 @@ def main() -> int:
 
     # model
     torch.manual_seed(args.seed)
-    model = networks.build(args.arch, args.encoder, channels=len(train_set.classes))
+    model = networks.build(args.arch, args.encoder, len(train_set.classes), normalize_twice=args.normalize_twice)
     taken = "random weights"
     if args.init != "none":
         taken = networks.load_weights(model, args.init, "segmentation", args.init_parts)
     pretraining = name_pretraining(args.init)
     model.to(device).train()
     if args.freeze_encoder:
-        model.encoder.requires_grad_(False).eval()
+        model.encoder.requires_grad_(False)
+    if args.freeze_encoder or args.freeze_batch_norm_only:
+        model.encoder.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     # optimiser
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
+    optimizer = make_optimizer(args, model)
 
     run = Run(args, "train_seg.py", networks.read_last)
     start = networks.restore(run.checkpoint, optimizer, model)
@@ -130,7 +162,8 @@ def main() -> int:
         print("no training image shows " + ", ".join(absent))
 
     options = {"task": "segmentation", "arch": args.arch, "encoder": args.encoder, "height": args.height,
-               "width": args.width, "data": args.data, "classes": list(train_set.classes),
+               "width": args.width, "normalize_twice": args.normalize_twice, "data": args.data,
+               "classes": list(train_set.classes),
                "colours": [list(colour) for colour in train_set.colours]}
 
     # loop
@@ -144,9 +177,9 @@ def main() -> int:
         waited = time.perf_counter()
         batch = datasets.to_device(next(batches), device)
         waited = time.perf_counter() - waited
-        rate = args.learning_rate * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        rate = learning_rate(args, step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
 
         logits = model(batch["image"])[0]  # (B, classes, H, W)
         terms = {"loss": F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)}

@@ -59,8 +59,9 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Options of both training scripts, grouped as --help shows them."""
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
-    group.add_argument("--height", type=within(int, 64, 8192), default=192, help="pixels, multiple of 32 (paper: 192)")
-    group.add_argument("--width", type=within(int, 64, 8192), default=640, help="pixels, multiple of 32 (paper: 640)")
+    group.add_argument("--height", type=within(int, 64, 8192), default=192,
+                       help="pixels, a multiple of 32, or of a ViT's patch (paper: 192)")
+    group.add_argument("--width", type=within(int, 64, 8192), default=640, help="pixels, likewise (paper: 640)")
     group.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes; 0 for none")
     group = parser.add_argument_group("run")
     group.add_argument("--name", help="folder below --log_dir (default: made of the options)")
