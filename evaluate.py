@@ -11,8 +11,10 @@ The metrics are functions that return dicts; training calls the same ones.
 
 import argparse
 import csv
+import fnmatch
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -427,49 +429,261 @@ def grid_command(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------------------------------- tables of many runs
+
+# The paper's tables by the names that run_all.sh gives its runs: columns as patterns of names, in which {} stands for
+# the row's initialisation; the paper's mIoU and pixel accuracy (Table 5: validation), None where it has none.
+# In the text of Table 1 that this was taken from, one column is incomplete: frozen ResNet50.
+PAPER = {
+    "Table 1: KITTI, 16 images": (
+        {"ResNet18": "seg_{}_resnet18_unet_all_n16", "ResNet50": "seg_{}_resnet50_unet_all_n16",
+         "DeepLabV3": "seg_{}_resnet50_deeplabv3_all_n16", "ResNet18, frozen": "seg_{}_resnet18_unet_frozen_n16",
+         "ResNet50, frozen": "seg_{}_resnet50_unet_frozen_n16"},
+        {"none": ("None", (41.35, 70.75), (44.66, 73.37), (21.93, 52.32), (41.24, 70.52), None),
+         "imagenet": ("ImageNet", (45.15, 72.39), (44.65, 73.06), (43.39, 72.66), (33.33, 65.34), None),
+         "depthrand": ("Depth-Rand", (46.00, 72.43), (49.90, 76.28), (43.43, 71.34), (43.02, 72.38), None),
+         "depth": ("Depth", (50.20, 76.39), (50.92, 77.34), (43.77, 72.68), (46.53, 74.42), (46.55, 74.48))}),
+    "Table 2: forms of depth supervision (from random weights)": (
+        {"ResNet18": "seg_{}_resnet18_unet_all_n16"},
+        {"none": ("None", None), "mono": ("Monocular", None), "stereo": ("Stereo", None), "lidar": ("LiDAR", None)}),
+    "Table 3: encoder only": (
+        {"ResNet18": "seg_{}_resnet18_unet_all_n16", "ResNet50": "seg_{}_resnet50_unet_all_n16",
+         "ViT-L": "seg_{}_vit_l16_dpt_all_n16_lr5e-8"},
+        {"none": ("None", (41.35, 70.75), (44.66, 73.37), None),
+         "imagenet": ("ImageNet", (45.15, 72.39), (44.65, 73.06), None),
+         "vit": ("ImageNet", None, None, (57.53, 81.48)),
+         "depthrand-encoder": ("Depth-Rand (encoder only)", None, None, None),
+         "depth-encoder": ("Depth (encoder only)", (46.69, 75.04), (46.99, 73.57), None),
+         "dpt": ("Depth (encoder only)", None, None, (58.12, 81.94))}),
+    "Table 4: other pre-trainings": (
+        {"ResNet50": "seg_{}_resnet50_unet_all_n16"},
+        {"none": ("None", (44.66, 73.37)), "coco": ("Supervised segmentation", (51.28, 74.88)),
+         "depthrand": ("Depth-Rand", (49.90, 76.28)), "depth": ("Depth", (50.92, 77.34)),
+         "reconstruction": ("Reconstruction", (47.18, 74.16)), "dino": ("DINO", (44.19, 71.36)),
+         "flow": ("Optical flow", (42.72, 71.80)), "moco": ("MoCo v2", (37.04, 65.91))}),
+    "Table 5: Cityscapes, DeepLabV3": (
+        {"full": "cityscapes_seg_{}_resnet50_deeplabv3_all_nall_full",
+         "controlled": "cityscapes_seg_{}_resnet50_deeplabv3_all_nall_controlled"},
+        {"none": ("None", (63.97, 93.76), (60.43, 93.07)), "imagenet": ("ImageNet", (70.41, 95.75), (61.80, 93.40)),
+         "depth": ("Depth", (73.17, 95.24), (62.57, 93.46)),
+         "cropped": ("Depth-cropped", (72.22, 95.01), (65.09, 94.00))}),
+    "Table 6: other domains": (
+        {f"{data}, {how}": f"{data.lower()}_seg_{{}}_vit_l1?_{pattern}" for data in ("ADE20k", "VOC", "Cityscapes")
+         for how, pattern in (("fine-tuned", "dpt_all_nall"), ("linear", "linear_frozen_nall_lr1e-3"))},
+        {"mae": ("MAE", (53.6, None), (49.0, None), None, (67.6, None), None, (58.4, None)),
+         "dinov2": ("DINOv2", (58.1, None), (47.7, None), (86.5, None), (86.3, None), (82.7, None), (71.3, None)),
+         "depthanything": ("Depth Anything", (59.7, None), (52.3, None), (87.7, None), (87.3, None), (84.8, None),
+                           (74.8, None))}),
+    "Figure 3: size of the training set, ResNet18": (
+        {f"{n} images": f"seg_{{}}_resnet18_unet_all_n{n}" for n in (8, 16, 32, 64, 128)},
+        {row: (name, *[None] * 5) for row, name in (("none", "None"), ("imagenet", "ImageNet"),
+                                                    ("depthrand", "Depth-Rand"), ("depth", "Depth"))}),
+    "Figure 5: pre-trained at one size, fine-tuned at another": (
+        {"the usual size": "seg_{}_resnet18_unet_all_n16", "the other size": "seg_{}_resnet18_unet_all_n16_resized"},
+        {"none": ("None", None, None), "depthrand": ("Depth-Rand at the usual size", None, None),
+         "resized": ("Depth-Rand at the other size", None, None)}),
+    "Figure 7: depth and flow, ResNet18": (
+        {"all": "seg_{}_resnet18_unet_all_n16", "frozen": "seg_{}_resnet18_unet_frozen_n16"},
+        {"none": ("None", (41.35, None), (41.24, None)), "flow": ("Flow", (38.47, None), (32.19, None)),
+         "depthrand": ("Depth-Rand", (46.00, None), (43.02, None)), "depth": ("Depth", (50.20, None), (46.53, None))}),
+    "Figure 8: NYU-v2": (
+        {"ResNet18": "nyu_seg_{}_resnet18_unet_all_nall", "ResNet50": "nyu_seg_{}_resnet50_unet_all_nall"},
+        {"none": ("None", None, None), "imagenet": ("ImageNet", None, None), "depth": ("Depth", None, None)}),
+    "What the release does otherwise, ResNet18": (
+        {"as it should be": "seg_{}_resnet18_unet_all_n16", "normalised twice": "seg_{}_resnet18_unet_all_n16_twice",
+         "frozen": "seg_{}_resnet18_unet_frozen_n16", "batch norm frozen": "seg_{}_resnet18_unet_all_n16_batchnorm"},
+        {row: (name, *[None] * 4) for row, name in (("none", "None"), ("imagenet", "ImageNet"),
+                                                    ("depthrand", "Depth-Rand"))}),
+}
+
 # options in which the runs of one row may differ
 SAME_RUN = {"name", "seed", "split_seed", "data_path", "init", "log_dir", "resume", "device", "num_workers",
             "log_every", "eval_every", "save_every"}
 
 
-def tables_command(args: argparse.Namespace) -> int:
-    """Mean and deviation over seeds of every fine-tuning in --log_dir, as a Markdown table."""
-    groups = {}
-    for name in datasets.list_folder(args.log_dir):
-        paths = [os.path.join(args.log_dir, name, file) for file in ("result.json", "args.json")]
+def paired_test(a: list[float], b: list[float]) -> tuple[float, float]:
+    """Mean of a - b and the two-sided p value of Student's paired t test; nan where two pairs are not there."""
+    difference = np.subtract(a, b)
+    n = len(difference)
+    if n < 2:
+        return float(difference.mean()) if n else float("nan"), float("nan")
+    error = difference.std(ddof=1) / np.sqrt(n)
+    if error == 0:
+        return float(difference.mean()), float(difference.mean() == 0)
+    # with x = sqrt(n - 1) tan(angle) Student's density is a power of a cosine, integrated here by the midpoint rule
+    start = np.arctan(abs(difference.mean()) / error / np.sqrt(n - 1))
+    middles = (np.arange(10_000) + 0.5) / 10_000
+    tail = np.mean(np.cos(start + (np.pi / 2 - start) * middles) ** (n - 2)) * (np.pi / 2 - start)
+    return float(difference.mean()), float(tail / np.mean(np.cos(np.pi / 2 * middles) ** (n - 2)) / (np.pi / 2))
+
+
+def read_runs(log_dir: str) -> list[dict]:
+    """Every finished fine-tuning below a folder: its name, options, result and curve of (step, mIoU)."""
+    runs = []
+    for name in datasets.list_folder(log_dir):
+        paths = [os.path.join(log_dir, name, file) for file in ("result.json", "args.json", "log.jsonl")]
         if not all(map(os.path.isfile, paths)):
             continue
         try:
-            result, options = (json.loads(Path(path).read_text()) for path in paths)
-            options = options["options"]
-            finished = "miou" in result and result["miou"] is not None
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{os.path.join(args.log_dir, name)}: result.json or args.json is damaged") from None
-        if finished:
-            setting = json.dumps({k: v for k, v in options.items() if k not in SAME_RUN}, sort_keys=True)
-            groups.setdefault((setting, result["pretraining"]), []).append((result, options))
-    if not groups:
-        raise InputError(f"{args.log_dir}: no finished fine-tuning there yet")
-    print("| data | encoder | images | steps x batch, rate, size | fine-tuned | pre-training | runs "
-          "| mIoU % | P.Acc % | nats / pixel |")
-    print("|---" * 10 + "|")
+            result, options = (json.loads(Path(path).read_text()) for path in paths[:2])
+            records = [json.loads(line) for line in Path(paths[2]).read_text().splitlines()]
+            curve = [(record["step"], record["miou"]) for record in records if record.get("miou") is not None]
+            if result.get("miou") is not None:
+                runs.append({"name": name, "options": options["options"], "result": result, "curve": curve})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{os.path.join(log_dir, name)}: result.json, args.json or log.jsonl is damaged") from None
+    return runs
+
+
+def mean_deviation(values: list[float], digits: int) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def paper_tables(runs: list[dict]) -> list[str]:
+    """Lines of Markdown: the paper's tables with our mIoU / P.Acc, the paper's in brackets, – for missing runs."""
+    by_stem = {}
+    for run in runs:
+        by_stem.setdefault(re.sub(r"_seed\d+$", "", run["name"]), []).append(run["result"])
+    lines, empty = [], []
+    for title, (columns, rows) in PAPER.items():
+        cells, found = [], False
+        for init, (name, *papers) in rows.items():
+            cells.append([name])
+            for pattern, paper in zip(columns.values(), papers):
+                stems = fnmatch.filter(by_stem, pattern.format(init))
+                results = by_stem[stems[0]] if stems else []
+                found |= bool(results)
+                ours = " / ".join(mean_deviation([r[key] for r in results], 1) for key in ("miou", "pixel_accuracy")
+                                  if results) or "–"
+                theirs = " / ".join(f"{value:.2f}" for value in paper or () if value is not None)
+                cells[-1].append(f"{ours} [{theirs}]" if theirs else ours)
+        if found:
+            lines += ["", f"**{title}** (mIoU / P.Acc in %; in brackets the paper's)", "",
+                      f"| pre-training | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+            lines += [f"| {' | '.join(row)} |" for row in cells]
+        else:
+            empty.append(title.split(":")[0])
+    return [*lines, "", f"No runs of: {', '.join(empty)}"] if lines and empty else lines
+
+
+def all_runs_table(runs: list[dict]) -> list[list[str]]:
+    """Header and rows: fine-tunings that differ in seeds alone are one row, with the mean and deviation over them.
+
+    Compared with the row "None" of the same options by a paired test over seeds; "90 % at" is the mean number of steps
+    to 90 % of the final mIoU.
+    """
+    groups = {}
+    for run in runs:
+        o = run["options"]
+        setting = json.dumps({k: v for k, v in o.items() if k not in SAME_RUN | {"init_parts"}}, sort_keys=True)
+        name, parts = run["result"]["pretraining"], o.get("init_parts", "all")
+        if name not in ("None", "ImageNet") and parts == "encoder":
+            name += ", encoder only"
+        groups.setdefault((setting, name), []).append(run)
     rows = []
-    for (_, pretraining), runs in groups.items():
-        o = runs[0][1]
-        tuned = "frozen" if o["freeze_encoder"] else "all"
-        place = next((i for i, name in enumerate(TABLE_ORDER) if pretraining.startswith(name)), len(TABLE_ORDER))
-        if pretraining != "None" and o["init_parts"] == "encoder":
-            pretraining += ", encoder only"
-        cells = [o["data"], o["encoder"], str(o["train_size"] or "all"),
+    for (setting, name), members in groups.items():
+        o, results = members[0]["options"], [run["result"] for run in members]
+        none = {(r["options"]["split_seed"], r["options"]["seed"]): r["result"]["miou"]
+                for r in groups.get((setting, "None"), [])}
+        pairs = [(r["result"]["miou"], none[key]) for r in members
+                 if (key := (r["options"]["split_seed"], r["options"]["seed"])) in none]
+        versus = "" if name == "None" or not pairs else "{:+.2f} (p {:.3f})".format(*paired_test(*zip(*pairs)))
+        reached = [next((step for step, miou in run["curve"] if miou >= 0.9 * run["result"]["miou"]), o["steps"])
+                   for run in members]
+        place = next((i for i, first in enumerate(TABLE_ORDER) if name.startswith(first)), len(TABLE_ORDER))
+        changed = [flag for flag in ("normalize_twice", "freeze_batch_norm_only") if o.get(flag)]
+        cells = [o["data"], " ".join([o.get("arch", "unet"), o["encoder"], *changed]), str(o["train_size"] or "all"),
                  f"{o['steps']} x {o['batch_size']}, {o['learning_rate']:g}, {o['width']}x{o['height']}",
-                 tuned, pretraining, str(len(runs))]
-        for metric, digits in (("miou", 2), ("pixel_accuracy", 2), ("cross_entropy", 3)):
-            values = np.array([result[metric] for result, _ in runs])
-            deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.{digits}f}{deviation}")
+                 "frozen" if o["freeze_encoder"] else "all", name, str(len(members)),
+                 mean_deviation([r["miou"] for r in results], 2), versus.replace(" (p nan)", ""),
+                 mean_deviation([r["pixel_accuracy"] for r in results], 2),
+                 mean_deviation([r["cross_entropy"] for r in results], 3), f"{np.mean(reached):.0f}"]
         rows.append((cells[:5], place, cells))
-    for _, _, cells in sorted(rows):
-        print(f"| {' | '.join(cells)} |")
+    header = ["data", "network", "images", "steps x batch, rate, size", "fine-tuned", "pre-training", "runs", "mIoU %",
+              "against None", "P.Acc %", "nats / pixel", "90 % at"]
+    return [header, *[cells for _, _, cells in sorted(rows)]]
+
+
+def draw_figures(runs: list[dict], log_dir: str) -> None:
+    """curves.png: mIoU while fine-tuning (Figures 2, 4, 8); bars.png: its end; sizes.png: over images (Figure 3)."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--figures needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    panels, sizes = {}, {}
+    for run in runs:
+        o, name = run["options"], run["result"]["pretraining"].split(" on ")[0]
+        if o.get("init_parts") == "encoder" and o["init"] not in ("none", "imagenet"):
+            name += ", encoder only"
+        network = f"{o['encoder']} {o.get('arch', 'unet')}, {'frozen' if o['freeze_encoder'] else 'all'}, " \
+                  f"{o['width']}x{o['height']}"
+        panels.setdefault(f"{network}, {o['train_size'] or 'all'} images", {}).setdefault(name, []).append(run)
+        if o["train_size"]:
+            points = sizes.setdefault(network, {}).setdefault(name, {})
+            points.setdefault(o["train_size"], []).append(run["result"]["miou"])
+    panels = {title: lines for title, lines in panels.items() if len(lines) > 1}
+    sizes = {title: lines for title, lines in sizes.items() if max(map(len, lines.values())) > 1}
+
+    def spread(values: list[float]) -> float:
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+    def axes_grid(count: int) -> tuple:
+        figure, axes = pyplot.subplots(-(-count // 2), min(count, 2), squeeze=False, layout="constrained",
+                                       figsize=(6 * min(count, 2), 4 * -(-count // 2)))
+        for axis in axes.flat[count:]:
+            axis.axis("off")
+        return figure, axes.flat
+
+    if panels:
+        figure, axes = axes_grid(len(panels))
+        for axis, (title, lines) in zip(axes, panels.items()):
+            for name, members in sorted(lines.items()):
+                steps = sorted(set.intersection(*(set(dict(run["curve"])) for run in members)))
+                values = np.array([[dict(run["curve"])[step] for step in steps] for run in members])
+                line, = axis.plot(steps, values.mean(0), label=f"{name} ({len(members)})")
+                axis.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=line.get_color(), linewidth=0)
+            axis.set(title=title, xlabel="step", ylabel="mIoU %")
+            axis.legend(fontsize=8)
+        figure.savefig(os.path.join(log_dir, "curves.png"), dpi=120)
+        figure, axes = axes_grid(len(panels))
+        for axis, (title, lines) in zip(axes, panels.items()):
+            names = sorted(lines, reverse=True)
+            values = [[run["result"]["miou"] for run in lines[name]] for name in names]
+            axis.barh(names, [np.mean(v) for v in values], xerr=[spread(v) for v in values])
+            axis.set(title=title, xlabel="mIoU %")
+        figure.savefig(os.path.join(log_dir, "bars.png"), dpi=120)
+    if sizes:
+        figure, axes = axes_grid(len(sizes))
+        for axis, (title, lines) in zip(axes, sizes.items()):
+            for name, points in sorted(lines.items()):
+                counts = sorted(points)
+                axis.errorbar(counts, [np.mean(points[n]) for n in counts], [spread(points[n]) for n in counts],
+                              label=name, capsize=3)
+            axis.set(title=title, xlabel="training images", ylabel="mIoU %", xscale="log", xticks=counts,
+                     xticklabels=counts)
+            axis.minorticks_off()
+            axis.legend(fontsize=8)
+        figure.savefig(os.path.join(log_dir, "sizes.png"), dpi=120)
+    pyplot.close("all")
+
+
+def tables_command(args: argparse.Namespace) -> int:
+    """Print every finished fine-tuning in --log_dir and the paper's tables; write tables.md and tables.csv there."""
+    runs = read_runs(args.log_dir)
+    if not runs:
+        raise InputError(f"{args.log_dir}: no finished fine-tuning there yet")
+    rows = all_runs_table(runs)
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|", *[f"| {' | '.join(row)} |" for row in rows[1:]]]
+    text = "\n".join([*lines, *paper_tables(runs)])
+    print(text)
+    Path(args.log_dir, "tables.md").write_text(text + "\n")
+    with open(os.path.join(args.log_dir, "tables.csv"), "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    if args.figures:
+        draw_figures(runs, args.log_dir)
     return 0
 
 
@@ -532,7 +746,8 @@ def main() -> int:
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     tables = commands.add_parser("tables", help="a table of all finished fine-tunings, mean and deviation over seeds")
-    tables.add_argument("--log_dir", default="runs")
+    tables.add_argument("--log_dir", default="runs", help="folder of run folders; tables.md and .csv go there")
+    tables.add_argument("--figures", action="store_true", help="curves.png, bars.png, sizes.png as well (matplotlib)")
     tables.set_defaults(run=tables_command)
 
     args = parser.parse_args()

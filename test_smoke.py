@@ -7,17 +7,22 @@ Tests on real images read ../shared/data or $DEPTH2SEG_DATA. Where a folder is a
 """
 
 import argparse
+import csv
+import fnmatch
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -1468,27 +1473,67 @@ def test_predict_pictures_of_any_size(tmp_path, capsys, pretrained, fine_tuned, 
             assert 0.1 <= content.min() and content.max() <= 100 if task == "depth" else content.max() < 19
 
 
+def write_run(folder: Path, pretraining: str, seed: int, miou: float, **changed) -> None:
+    """What a finished fine-tuning leaves behind, as far as tables read it."""
+    os.makedirs(folder)
+    options = {"data": "kitti", "encoder": "resnet18", "arch": "unet", "train_size": 16, "freeze_encoder": False,
+               "steps": 100, "batch_size": 4, "learning_rate": 1e-4, "height": 64, "width": 96, "init": "none",
+               "init_parts": "all", "name": folder.name, "seed": seed, "split_seed": seed, **changed}
+    utils.save_json(str(folder / "args.json"), {"options": options})
+    utils.save_json(str(folder / "result.json"), {"miou": miou, "pixel_accuracy": 80.0, "cross_entropy": 1.0,
+                                                  "pretraining": pretraining})
+    curve = [(0, 1.0), (25, 0.8 * miou), (50, 0.95 * miou), (100, miou)]
+    (folder / "log.jsonl").write_text("".join(json.dumps({"step": s, "miou": m}) + "\n" for s, m in curve))
+
+
 def test_tables(capsys, tmp_path):
-    """Mean and deviation over runs that differ in their seed alone."""
+    """Mean and deviation over runs that differ in their seed alone, a paired test against None, the paper's values."""
+    bonus = (2.0, 5.0, 4.0)
     for seed, miou in enumerate((40.0, 50.0, 60.0)):
-        for pretraining, bonus in (("None", 0), ("Depth (stereo)", 5)):
-            folder = tmp_path / f"{pretraining}_{seed}"
-            os.makedirs(folder)
-            options = {"data": "kitti", "encoder": "resnet18", "train_size": 16, "freeze_encoder": False, "steps": 100,
-                       "batch_size": 4, "learning_rate": 1e-4, "height": 64, "width": 96, "init_parts": "all",
-                       "name": f"{pretraining}_{seed}", "seed": seed}
-            utils.save_json(str(folder / "args.json"), {"options": options})
-            utils.save_json(
-                str(folder / "result.json"),
-                {"miou": miou + bonus, "pixel_accuracy": 80.0, "cross_entropy": 1.0, "pretraining": pretraining},
-            )
-    shutil.copytree(tmp_path / "None_0", tmp_path / "longer")  # another experiment is no further seed
-    utils.save_json(str(tmp_path / "longer" / "args.json"), {"options": {**options, "steps": 200}})
-    code, output, _ = call(capsys, evaluate, "tables", "--log_dir", tmp_path)
+        write_run(tmp_path / f"seg_none_resnet18_unet_all_n16_seed{seed}", "None", seed, miou)
+        write_run(tmp_path / f"seg_depthrand_resnet18_unet_all_n16_seed{seed}", "Depth-Rand (stereo)", seed,
+                  miou + bonus[seed], init="runs/depthrand_resnet18")
+    write_run(tmp_path / "longer", "None", 0, 40.0, steps=200)  # another experiment is no further seed
+    code, output, errors = call(capsys, evaluate, "tables", "--log_dir", tmp_path, "--figures")
+    assert code == 0, errors
     rows = [line for line in output.splitlines() if line.startswith("| kitti")]
-    assert code == 0 and len(rows) == 3 and "| 200 x 4, 0.0001, 96x64 | all | None | 1 | 40.00 |" in rows.pop()
-    assert "| None | 3 | 50.00 ± 10.00 | 80.00 ± 0.00 | 1.000 ± 0.000 |" in rows[0]
-    assert "| Depth (stereo) | 3 | 55.00 ± 10.00 |" in rows[1]
+    assert len(rows) == 3
+    assert "| 200 x 4, 0.0001, 96x64 | all | None | 1 | 40.00 |  | 80.00 | 1.000 | 50 |" in rows.pop()
+    assert "| None | 3 | 50.00 ± 10.00 |  | 80.00 ± 0.00 | 1.000 ± 0.000 | 50 |" in rows[0]
+    p = scipy.stats.ttest_1samp(bonus, 0).pvalue
+    assert f"| Depth-Rand (stereo) | 3 | 53.67 ± 11.06 | +3.67 (p {p:.3f}) |" in rows[1]
+    table1 = output[output.index("Table 1"):].splitlines()
+    assert next(line for line in table1 if line.startswith("| Depth-Rand")).startswith(
+        "| Depth-Rand | 53.7 ± 11.1 / 80.0 ± 0.0 [46.00 / 72.43] | – [49.90 / 76.28] |")
+    assert (tmp_path / "tables.md").read_text().strip() == output.strip()
+    with open(tmp_path / "tables.csv") as file:
+        assert [row[6] for row in csv.reader(file)] == ["runs", "3", "3", "1"]
+    for name in ("curves.png", "bars.png"):
+        assert Image.open(tmp_path / name).size[0] > 500
+    assert not (tmp_path / "sizes.png").exists()  # one number of images is no curve
+
+
+@pytest.mark.parametrize("n", (2, 3, 5, 12))
+def test_paired_test_is_student_s(n):
+    a, b = np.random.default_rng(n).normal(0.4, 1, (2, n))
+    difference, p = evaluate.paired_test(a, b)
+    expected = scipy.stats.ttest_rel(a, b)
+    assert difference == pytest.approx((a - b).mean()) and p == pytest.approx(expected.pvalue, rel=1e-5)
+    assert np.isnan(evaluate.paired_test([1.0], [2.0])[1])
+
+
+def test_every_cell_of_the_paper_has_a_job():
+    """run_all.sh lists a run for each number that the paper prints, and every run that a table asks for."""
+    listing = subprocess.run(["bash", "run_all.sh", "list", "finetuning"], cwd=HERE, text=True, check=True,
+                             capture_output=True, env={**os.environ, "SEEDS": "0"}).stdout.splitlines()
+    stems = {re.search(r"--name (\S+)_seed0 ", line)[1] for line in listing}
+    assert len(stems) == len(listing)
+    for title, (columns, rows) in evaluate.PAPER.items():
+        for init, (_, *papers) in rows.items():
+            assert len(papers) == len(columns), (title, init)
+            for column, paper in zip(columns.values(), papers):
+                found = fnmatch.filter(stems, column.format(init))
+                assert len(found) <= 1 and (found or paper is None), (title, init, column)
 
 
 def test_tables_of_real_runs(capsys, log_dir, fine_tuned):
