@@ -1,6 +1,7 @@
 """Data: one class a data set, one joint transform for image, K, depth and label, and the synthetic street world.
 
     python datasets.py render --data_path data/synthetic          # write the embedded default, in KITTI's own layout
+    python datasets.py check --data camvid --labels --output contact.png      # walk a data set before a run
 
 Clips (pre-training): {"frames": (F, 3, H, W) uint8, target first, "K": (3, 3), "stereo_T"?: (4, 4), "depth"?: (1, H, W)
 metres, 0 = no measurement, "index"}. Labelled images: {"image": (3, H, W) uint8, "label": (H, W) int64 train ids,
@@ -9,12 +10,16 @@ metres, 0 = no measurement, "index"}. Labelled images: {"image": (3, H, W) uint8
 """
 
 import argparse
+import json
 import math
 import os
 import re
 import shutil
+import sys
 import zlib
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
@@ -110,6 +115,11 @@ def list_folder(path: str) -> list[str]:
         return sorted(os.listdir(path))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+
+
+def image_names(folder: str) -> list[str]:
+    """Names of the image files in a folder, without hidden ones."""
+    return [n for n in list_folder(folder) if n.lower().endswith(IMAGE_EXTENSIONS) and not n.startswith(".")]
 
 
 def read_calibration(path: str) -> dict[str, np.ndarray]:
@@ -372,9 +382,7 @@ class Clips(Dataset):
         index, draw = item if isinstance(item, tuple) else (item, (0, 0))
         record = self.samples[index]
         images, sizes = zip(*[self.load(path) for path in record["images"]])
-        if len(set(sizes)) > 1:
-            raise InputError(f"{record['images'][0]}: its neighbouring frames have other sizes ({sorted(set(sizes))})")
-        check_intrinsics(record["K"], sizes[0][1], sizes[0][0], record["K_from"])
+        check_geometry(record, sizes)
         K = resize_intrinsics(record["K"], sizes[0], self.size)
         sample = {"frames": torch.stack(images), "K": torch.from_numpy(K).float(), "index": index}
         if record["baseline"] is not None:
@@ -385,9 +393,43 @@ class Clips(Dataset):
         return crop_and_flip(sample, self.crop, np.random.default_rng(draw)) if self.augment else sample
 
 
+    def inspect(self, index: int) -> dict:
+        """For `check`: "problems" (a line each), and of what is sound "size", "K", "motion" and a part of "depth"."""
+        record, row = self.samples[index], {"index": index, "problems": []}
+
+        def attempt(read: Callable, *arguments):
+            try:
+                return read(*arguments)
+            except InputError as error:
+                row["problems"].append(str(error))
+
+        thumbnails = [attempt(thumbnail, path) for path in record["images"]]
+        measured = attempt(self.depth_map, record["depth"]) if self.with_depth else None
+        if measured is not None:
+            row |= {"depth": measured[measured > 0][::97], "share": float((measured > 0).mean())}
+        if all(thumbnails):
+            attempt(check_geometry, record, [size for _, size in thumbnails])
+            row |= {"size": thumbnails[0][1], "K": tuple(record["K"].flat), "motion": motion(record["images"])}
+        return row
+
+
+def check_geometry(record: dict, sizes: list[tuple[int, int]]) -> None:
+    """Refuse frames of different sizes (height, width), and a camera that is not theirs."""
+    if len(set(sizes)) > 1:
+        raise InputError(f"{record['images'][0]}: its neighbouring frames have other sizes ({sorted(set(sizes))})")
+    check_intrinsics(record["K"], sizes[0][1], sizes[0][0], record["K_from"])
+
+
+@lru_cache(maxsize=64)
+def thumbnail(path: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    """An image of 64x48 pixels, (3, 48, 64) in 0 to 255, and its own (height, width)."""
+    image = read_image(path)
+    return resize(image, [48, 64], antialias=True).float(), tuple(image.shape[1:])
+
+
 def motion(paths: list[str]) -> float:
-    """Least mean absolute difference (0 to 255) between the first image and the others, on 64x48 thumbnails."""
-    target, *sources = (resize(read_image(path), [48, 64], antialias=True).float() for path in paths)
+    """Least mean absolute difference (0 to 255) between the first image and the others, on thumbnails."""
+    target, *sources = (thumbnail(path)[0] for path in paths)
     return min((float((source - target).abs().mean()) for source in sources), default=math.inf)
 
 
@@ -599,7 +641,7 @@ class Frames(Clips):
         for folder in [root, *filter(os.path.isdir, below)]:
             if os.path.basename(folder) == "depth" or (drives and os.path.basename(folder) not in drives):
                 continue
-            names = sorted([n for n in list_folder(folder) if n.lower().endswith(IMAGE_EXTENSIONS)], key=natural_key)
+            names = sorted(image_names(folder), key=natural_key)
             if names:
                 sequences.append((folder, [os.path.join(folder, n) for n in names]))
         if not sequences:
@@ -631,6 +673,77 @@ class Frames(Clips):
         return read_ids(depth, DEPTH_MODES).astype(np.float32) / self.depth_scale
 
 
+class CityscapesClips(Clips):
+    """Cityscapes for pre-training: its labelled images, with depth from the released disparity; or the video around
+    them (`leftImg8bit_sequence`) where source frames are asked for. `drives` are cities.
+
+    K and the stereo baseline come from `camera/train/CITY/*_camera.json`, which exist for labelled frames: the others
+    of a sequence take the nearest one's.
+    """
+
+    def __init__(self, root: str, frame_ids: list[str], drives: list[str] | None = None, frames: tuple = (None, None),
+                 with_depth: bool = False, **options):
+        self.root, self.name, self.cameras = root, f"cityscapes at {root}", {}
+        if "s" in frame_ids:
+            raise InputError("--supervision stereo: of cityscapes only the left camera is read; use mono or depth")
+        offsets, samples, lonely, blind = [int(f) for f in frame_ids], [], 0, 0
+        kind = "_sequence" if len(offsets) > 1 else ""
+        for city in drives or list_folder(os.path.join(root, f"leftImg8bit{kind}", "train")):
+            places = self._places(f"leftImg8bit{kind}", city, "leftImg8bit.png")
+            present, labelled = set(places), self._places("camera", city, "camera.json")
+            for sequence, number in places[slice(*frames)]:
+                clip = [(sequence, number + offset) for offset in offsets]
+                depth = self._file(f"disparity{kind}", city, sequence, number, "disparity.png")
+                if not present.issuperset(clip):
+                    lonely += 1
+                    continue
+                if with_depth and not os.path.isfile(depth):
+                    blind += 1
+                    continue
+                near = [other for camera_sequence, other in labelled if camera_sequence == sequence]
+                if not near:
+                    raise InputError(f"{root}/camera/train/{city}: no camera.json of sequence {sequence:06d}")
+                nearest = min(near, key=lambda other: abs(other - number))
+                K_from = self._file("camera", city, sequence, nearest, "camera.json")
+                K, metres = self._camera(K_from)
+                samples.append({"images": [self._file(f"leftImg8bit{kind}", city, *place, "leftImg8bit.png")
+                                           for place in clip],
+                                "K": K, "K_from": K_from, "baseline": None, "depth": (depth, metres)})
+        self.dropped = ", ".join(f"{count} without {what}" for count, what in
+                                 ((lonely, "all their source frames"), (blind, "a disparity image")) if count)
+        super().__init__(samples, with_depth=with_depth, **options)
+
+    def _places(self, kind: str, city: str, ending: str) -> list[tuple[int, int]]:
+        """(sequence, frame number) of the files in a city's folder."""
+        found = [re.fullmatch(rf"{re.escape(city)}_([0-9]{{6}})_([0-9]{{6}})_{re.escape(ending)}", name)
+                 for name in list_folder(os.path.join(self.root, kind, "train", city))]
+        return [(int(match[1]), int(match[2])) for match in found if match]
+
+    def _file(self, kind: str, city: str, sequence: int, number: int, ending: str) -> str:
+        return os.path.join(self.root, kind, "train", city, f"{city}_{sequence:06d}_{number:06d}_{ending}")
+
+    def _camera(self, path: str) -> tuple[np.ndarray, float]:
+        """K in pixels of the 2048x1024 images, and baseline * fx: depth in metres at a disparity of one pixel."""
+        if path not in self.cameras:
+            try:
+                with open(path) as file:
+                    content = json.load(file)
+                fx, fy, u0, v0 = (float(content["intrinsic"][key]) for key in ("fx", "fy", "u0", "v0"))
+                metres = fx * float(content["extrinsic"]["baseline"])
+                if not 0 < metres < math.inf:
+                    raise ValueError(f"fx * baseline is {metres}")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}: no camera with intrinsic fx, fy, u0, v0 and extrinsic baseline "
+                                 f"({type(error).__name__} {error})") from None
+            self.cameras[path] = np.array([[fx, 0, u0], [0, fy, v0], [0, 0, 1]]), metres
+        return self.cameras[path]
+
+    def depth_map(self, depth: tuple[str, float]) -> np.ndarray:
+        path, metres = depth
+        disparity = (read_ids(path, DEPTH_MODES).astype(np.float32) - 1) / 256  # stored 0: not measured, 1: infinity
+        return np.where(disparity > 0, metres / disparity.clip(1 / 256), 0).astype(np.float32)
+
+
 class CamVidClips(Frames):
     """CamVid's consecutive frames (`val`, 15 Hz) as clips; its intrinsics are not published, so `fov` is needed."""
 
@@ -656,15 +769,18 @@ CAMVID_TABLE = lookup_table({**{i: i for i in range(11)}, 11: IGNORE})
 class Labelled(Dataset):
     """Images with label maps, kept decoded in memory: few-shot sets are small and are seen hundreds of times.
 
-    Subclasses set `classes`, `colours`, `table` and fill `pairs`, a list of (image path, label path).
+    Subclasses set `classes`, `colours`, `table` and give `pairs`, a list of (image path, label path): those that the
+    training set is drawn from, or those to evaluate on.
     """
 
     classes: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
     table: np.ndarray
 
-    def __init__(self, pairs: list[tuple[str, str]], height: int, width: int, augment: bool = False):
-        self.pairs, self.size, self.augment, self.cached = pairs, (height, width), augment, {}
+    def __init__(self, pairs: list[tuple[str, str]], split: str, height: int, width: int,
+                 train_size: int | None = None, split_seed: int = 0, augment: bool = False):
+        self.pairs = draw_training_set(pairs, train_size, split_seed) if split == "train" else pairs
+        self.size, self.augment, self.cached = (height, width), augment, {}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -679,13 +795,27 @@ class Labelled(Dataset):
             raise InputError(f"{path}: label id {raw[bad][0]} is not one of this data set's")
         return torch.from_numpy(known.astype(np.int64))
 
+    def native(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image (3, h, w) uint8 and label (h, w) as they are stored."""
+        image, label = read_image(self.pairs[index][0]), self.native_label(index)
+        aspects = image.shape[2] / image.shape[1], label.shape[1] / label.shape[0]
+        if abs(aspects[0] / aspects[1] - 1) > 0.01:  # copies of KITTI hold images a few pixels off their labels
+            raise InputError(f"{self.pairs[index][1]}: label is {tuple(label.shape)}, "
+                             f"its image {tuple(image.shape[1:])}")
+        return image, label
+
+    def inspect(self, index: int) -> dict:
+        """For `check`: "problems" (a line each), and of a sound pair "size" and "pixels" of every train id."""
+        try:
+            image, label = self.native(index)
+            return {"index": index, "problems": [], "size": tuple(image.shape[1:]),
+                    "pixels": label.flatten().bincount(minlength=256)}
+        except InputError as error:
+            return {"index": index, "problems": [str(error)]}
+
     def load(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if index not in self.cached:
-            image, label = read_image(self.pairs[index][0]), self.native_label(index)
-            aspects = image.shape[2] / image.shape[1], label.shape[1] / label.shape[0]
-            if abs(aspects[0] / aspects[1] - 1) > 0.01:  # copies of KITTI hold images a few pixels off their labels
-                raise InputError(f"{self.pairs[index][1]}: label is {tuple(label.shape)}, "
-                                 f"its image {tuple(image.shape[1:])}")
+            image, label = self.native(index)
             # nearest-exact takes the pixel at the new pixel's centre; any interpolation would invent ids
             label = F.interpolate(label[None, None].to(torch.uint8), self.size, mode="nearest-exact")[0, 0]
             self.cached[index] = resize(image, list(self.size), antialias=True), label
@@ -706,6 +836,14 @@ def draw_training_set(pool: list, train_size: int | None, split_seed: int) -> li
     return [pool[i] for i in order[:train_size]]
 
 
+def pair_up(images: str, labels: str, image_end: str = "", label_end: str = "") -> list[tuple[str, str]]:
+    """Every image of a folder with its label, a PNG in another folder, of the same name up to its end."""
+    stems = [(name, os.path.splitext(name)[0].removesuffix(image_end)) for name in image_names(images)]
+    if not stems:
+        raise InputError(f"{images}: no images there")
+    return [(os.path.join(images, name), os.path.join(labels, f"{stem}{label_end}.png")) for name, stem in stems]
+
+
 class KittiSemantics(Labelled):
     """KITTI's labelled images, `training/image_2` and `training/semantic`, 19 Cityscapes classes.
 
@@ -714,17 +852,14 @@ class KittiSemantics(Labelled):
 
     classes, colours, table = CITYSCAPES_CLASSES, CITYSCAPES_COLOURS, CITYSCAPES_TABLE
 
-    def __init__(self, root: str, split: str, train_size: int | None = None, split_seed: int = 0, **options):
+    def __init__(self, root: str, split: str, **options):
         folder = os.path.join(root, "training") if os.path.isdir(os.path.join(root, "training")) else root
-        images, labels = os.path.join(folder, "image_2"), os.path.join(folder, "semantic")
-        names = [n for n in list_folder(images) if n.lower().endswith(IMAGE_EXTENSIONS)]
-        pairs = [(os.path.join(images, n), os.path.join(labels, os.path.splitext(n)[0] + ".png")) for n in names]
+        pairs = pair_up(os.path.join(folder, "image_2"), os.path.join(folder, "semantic"))
         if len(pairs) < 2:
-            raise InputError(f"{images}: at least 2 labelled images are needed, {len(pairs)} found")
+            raise InputError(f"{folder}/image_2: at least 2 labelled images are needed, {len(pairs)} found")
         shuffled = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
         pool = max(1, int(0.64 * len(pairs)))
-        super().__init__(draw_training_set(shuffled[:pool], train_size, split_seed) if split == "train"
-                         else shuffled[pool:], **options)
+        super().__init__(shuffled[:pool] if split == "train" else shuffled[pool:], split, **options)
 
 
 class CamVid(Labelled):
@@ -732,13 +867,21 @@ class CamVid(Labelled):
 
     classes, colours, table = CAMVID_CLASSES, CAMVID_COLOURS, CAMVID_TABLE
 
-    def __init__(self, root: str, split: str, train_size: int | None = None, split_seed: int = 0, **options):
+    def __init__(self, root: str, split: str, **options):
         folder = os.path.join(root, split)
-        pairs = [(os.path.join(folder, n), os.path.join(f"{folder}annot", os.path.splitext(n)[0] + ".png"))
-                 for n in list_folder(folder) if n.lower().endswith(IMAGE_EXTENSIONS)]
-        if not pairs:
-            raise InputError(f"{folder}: no images there")
-        super().__init__(draw_training_set(pairs, train_size, split_seed) if split == "train" else pairs, **options)
+        super().__init__(pair_up(folder, f"{folder}annot"), split, **options)
+
+
+class Cityscapes(Labelled):
+    """Cityscapes' fine labels, 19 classes: training images drawn from the cities of `train`, evaluation on `val`."""
+
+    classes, colours, table = CITYSCAPES_CLASSES, CITYSCAPES_COLOURS, CITYSCAPES_TABLE
+
+    def __init__(self, root: str, split: str, **options):
+        images, labels = (os.path.join(root, kind, split) for kind in ("leftImg8bit", "gtFine"))
+        pairs = [pair for city in list_folder(images) for pair in pair_up(
+            os.path.join(images, city), os.path.join(labels, city), "_leftImg8bit", "_gtFine_labelIds")]
+        super().__init__(pairs, split, **options)
 
 
 # ---------------------------------------------------------------------------------------------- the synthetic world
@@ -1343,8 +1486,9 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labell
 
 # ---------------------------------------------------------------------------------------------- by name
 
-CLIPS = {"kitti": KittiRaw, "synthetic": KittiRaw, "camvid": CamVidClips, "frames": Frames}
-LABELLED = {"kitti": KittiSemantics, "synthetic": KittiSemantics, "camvid": CamVid}
+CLIPS = {"kitti": KittiRaw, "synthetic": KittiRaw, "cityscapes": CityscapesClips, "camvid": CamVidClips,
+         "frames": Frames}
+LABELLED = {"kitti": KittiSemantics, "synthetic": KittiSemantics, "cityscapes": Cityscapes, "camvid": CamVid}
 
 
 def find_data(name: str, path: str | None, known: dict) -> tuple[type, str]:
@@ -1367,6 +1511,121 @@ def parse_range(text: str) -> tuple[int | None, int | None]:
     return tuple(int(part) if part else None for part in match.groups())
 
 
+# ---------------------------------------------------------------------------------------------- walking a data set
+
+STATIC = 2.0  # of 255: a target whose thumbnail differs less from a source's counts as near-static
+
+
+def walk(dataset: Clips | Labelled, workers: int) -> list[dict]:
+    """`inspect` of every sample, in the order of the files, as neighbours share theirs."""
+    first = [sample["images"][0] for sample in dataset.samples] if isinstance(dataset, Clips) else dataset.pairs
+    order, rows = sorted(range(len(dataset)), key=first.__getitem__), []
+    loader = DataLoader(order, 32, num_workers=workers, collate_fn=lambda part: [dataset.inspect(i) for i in part])
+    for part in tqdm(loader, desc="check", unit_scale=32, disable=None):
+        rows += part
+    return rows
+
+
+def describe(dataset: Clips | Labelled, rows: list[dict]) -> list[str]:
+    """What `walk` found, in lines: sizes; intrinsics, motion and measured depth of clips; classes of labels."""
+    def tally(values: Iterable) -> str:
+        return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common(6)) or "none"
+
+    sound = [row for row in rows if "size" in row]
+    lines = ["sizes: " + tally("{1}x{0}".format(*row["size"]) for row in sound)]
+    if isinstance(dataset, Labelled):
+        pixels = torch.stack([row["pixels"] for row in sound] or [torch.zeros(256)])
+        shares, images = pixels.sum(0) / pixels.sum(), (pixels > 0).sum(0)
+        return lines + [f"{name:20} {shares[c]:7.2%} of the pixels, in {images[c]} images"
+                        for c, name in (*enumerate(dataset.classes), (IGNORE, "unlabelled"))]
+    lines.append("intrinsics: "
+                 + tally("fx {0:.1f} fy {4:.1f} cx {2:.1f} cy {5:.1f}".format(*row["K"]) for row in sound))
+    if sound and np.isfinite(sound[0]["motion"]):
+        share = np.mean([row["motion"] < STATIC for row in sound])
+        lines.append(f"near-static: {share:.1%} of the targets, which --min_motion {STATIC:g} would leave out")
+    measured = [row for row in rows if "depth" in row]
+    if measured:
+        low, middle, high = np.percentile(np.concatenate([row["depth"] for row in measured]), (0.1, 50, 99.9))
+        lines.append(f"measured depth: {np.mean([row['share'] for row in measured]):.1%} of the pixels, median "
+                     f"{middle:.2f} m, nearest and farthest 0.1 % at {low:.2f} and {high:.2f} m")
+    return lines
+
+
+def view(dataset: Clips | Labelled, index: int, width: int = 320) -> tuple[str, torch.Tensor]:
+    """The image file of a sample and its pictures side by side, (3, h, n * width) in [0, 1].
+
+    Image and label; or target, sources and measured depth.
+    """
+    from evaluate import colour_depth, colour_labels  # which imports this module
+    if isinstance(dataset, Labelled):
+        path, (image, label) = dataset.pairs[index][0], dataset.native(index)
+        pictures = [image / 255, colour_labels(label[None], dataset.colours)[0]]
+    else:
+        record = dataset.samples[index]
+        path, pictures = record["images"][0], [read_image(path) / 255 for path in record["images"]]
+    size = [round(width * pictures[0].shape[1] / pictures[0].shape[2]), width]
+    pictures = [resize(picture, size, antialias=True) for picture in pictures]
+    if isinstance(dataset, Clips) and dataset.with_depth:
+        depth = torch.from_numpy(resize_depth(dataset.depth_map(record["depth"]), *size))[None, None]
+        pictures.append(colour_depth(depth.where(depth > 0, depth.max()))[0] * (depth[0] > 0))
+    return path, torch.cat(pictures, 2)
+
+
+def contact_sheet(tiles: list[tuple[str, torch.Tensor]], title: str, legend: list[tuple[tuple, str]]) -> Image.Image:
+    """One picture of captioned tiles, (3, h, w) in [0, 1], in columns, with a legend of (colour, name) below."""
+    from evaluate import to_picture
+    gap, line = 8, 22
+    height, width = max(t.shape[1] for _, t in tiles) + line + gap, max(t.shape[2] for _, t in tiles) + gap
+    columns = max(1, min(len(tiles), 1960 // width))
+    across, top, rows = max(1, columns * width // 170), 40, -(-len(tiles) // columns)
+    bottom = top + rows * height + gap
+    sheet = Image.new("RGB", (columns * width + gap, bottom + -(-len(legend) // across) * line + gap), (24, 24, 24))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    draw.text((gap, 9), title, "white", ImageFont.load_default(18))
+    for i, (caption, picture) in enumerate(tiles):
+        x, y = gap + i % columns * width, top + i // columns * height
+        sheet.paste(to_picture(picture), (x, y))
+        draw.text((x, y + picture.shape[1] + 1), caption, (200, 200, 200), font)
+    for i, (colour, name) in enumerate(legend):
+        x, y = gap + i % across * 170, bottom + i // across * line
+        draw.rectangle((x, y + 2, x + 26, y + 16), tuple(colour), (90, 90, 90))
+        draw.text((x + 34, y + 1), name, "white", font)
+    return sheet
+
+
+def check_command(args: argparse.Namespace) -> int:
+    """Walk a data set before a run; exit code 2 when something is broken, all of which is listed."""
+    cls, root = find_data(args.data, args.data_path, LABELLED if args.labels else CLIPS)
+    makers = {split: partial(cls, root, split) for split in ("train", "val")}
+    if not args.labels:
+        fov = {"fov": args.fov or 60.0} if issubclass(cls, Frames) else {}
+        makers = {"clips": partial(cls, root, [str(f) for f in args.frame_ids], with_depth=args.depth, **fov)}
+    problems, tiles, legend = [], [], []
+    for part, make in makers.items():
+        try:
+            dataset = make(height=64, width=64)
+        except InputError as error:
+            problems.append(f"{part}: {error}")
+            continue
+        rows = walk(dataset, args.num_workers)
+        left_out = f", left out: {dataset.dropped}" if not args.labels and dataset.dropped else ""
+        print("\n  ".join([f"{part}: {len(dataset)} samples of {root}{left_out}", *describe(dataset, rows)]))
+        problems += dict.fromkeys(problem for row in rows for problem in row["problems"])
+        sound = [row["index"] for row in rows if "size" in row]
+        for index in sound[::max(1, len(sound) // 9)][:9]:
+            path, picture = view(dataset, index)
+            tiles.append((f"{part}: {os.path.relpath(path, root)}", picture))
+        legend = [*zip(dataset.colours, dataset.classes), ((0, 0, 0), "unlabelled")] if args.labels else []
+    if tiles and args.output:
+        what = "image, label" if args.labels else f"frames {args.frame_ids}" + ", measured depth" * args.depth
+        contact_sheet(tiles, f"{args.data} at {root}: {what}", legend).save(args.output)
+        print(f"{len(tiles)} samples -> {args.output}")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    print(f"broken: {len(problems)}" if problems else "everything can be read")
+    return 2 if problems else 0
+
+
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1379,7 +1638,18 @@ def main() -> int:
     render.add_argument("--width", type=within(int, 32, 8192), default=416)
     render.add_argument("--seed", type=within(int, 0), default=0)
     render.add_argument("--workers", type=within(int, 1, 256), default=2, help="processes")
+    check = commands.add_parser("check", help="walk a data set before a run: what is there, and what is broken")
+    check.add_argument("--data", required=True, help=f"one of {', '.join(CLIPS | LABELLED)}")
+    check.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
+    check.add_argument("--labels", action="store_true", help="labelled images for train_seg.py, not clips")
+    check.add_argument("--frame_ids", type=int, nargs="+", default=[0, -1, 1], help="of clips (default: 0 -1 1)")
+    check.add_argument("--depth", action="store_true", help="walk the measured depth as well")
+    check.add_argument("--fov", type=within(float, 1, 178), help="of clips without intrinsics, in degrees (default: 60)")
+    check.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes")
+    check.add_argument("--output", metavar="contact.png", help="write a picture of some samples")
     args = parser.parse_args()
+    if args.command == "check":
+        return check_command(args)
     render_synthetic(args.data_path, args.drives, args.frames, args.labelled, args.height, args.width, args.seed,
                      args.workers)
     return 0

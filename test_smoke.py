@@ -915,6 +915,64 @@ def test_own_frames_with_depth_and_field_of_view(tmp_path):
     assert_close(clips[0]["K"], torch.tensor([[48, 0, 47.5], [0, 48, 31.5], [0, 0, 1]]))
 
 
+# ------------------------------------------------------------------------------------ data sets in their own layouts
+
+def write_png(path, array: np.ndarray) -> str:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.fromarray(array).save(path)
+    return str(path)
+
+
+def write_cityscapes(root, cities=("aachen", "ulm"), height: int = 64, width: int = 128) -> str:
+    """Two labelled images a city in train and one in val, disparity and camera of each, and a video around the first.
+
+    Disparity is 10 pixels, 0 (none) in the first column and 1 (infinity) in the second; fx is 200, the baseline 0.2 m.
+    """
+    camera = {"extrinsic": {"baseline": 0.2}, "intrinsic": {"fx": 200.0, "fy": 210.0, "u0": 63.0, "v0": 33.0}}
+    for split, numbers in (("train", (0, 1)), ("val", (2,))):
+        for city in cities:
+            for number in numbers:
+                def place(kind, ending, frame=19):
+                    return os.path.join(root, kind, split, city, f"{city}_{number:06d}_{frame:06d}_{ending}")
+                write_image(place("leftImg8bit", "leftImg8bit.png"), height, width, seed=number)
+                blocks = np.random.default_rng(number).choice((0, 7, 23, 26), (height // 4, width // 4))
+                label = blocks.astype(np.uint8).repeat(4, 0).repeat(4, 1)
+                write_png(place("gtFine", "gtFine_labelIds.png"), label)
+                disparity = np.full((height, width), 256 * 10 + 1, np.uint16)
+                disparity[:, :2] = (0, 1)
+                write_png(place("disparity", "disparity.png"), disparity)
+                os.makedirs(os.path.dirname(place("camera", "")), exist_ok=True)
+                with open(place("camera", "camera.json"), "w") as file:
+                    json.dump(camera, file)
+                for frame in range(17, 22) if number == 0 else ():
+                    write_image(place("leftImg8bit_sequence", "leftImg8bit.png", frame), height, width, seed=frame)
+    return str(root)
+
+
+def test_cityscapes_labels_clips_and_depth(tmp_path):
+    root, size = write_cityscapes(tmp_path), {"height": 64, "width": 128}
+    train, val = (datasets.Cityscapes(root, split, **size) for split in ("train", "val"))
+    assert len(train) == 4 and len(val) == 2
+    assert all("/train/" in path for path, _ in train.pairs) and all("/val/" in path for path, _ in val.pairs)
+    raw = np.array(Image.open(val.pairs[0][1]))
+    assert (val.native_label(0).numpy() == np.select([raw == 7, raw == 23, raw == 26], (0, 10, 13), 255)).all()
+    assert len(datasets.Cityscapes(root, "train", train_size=3, split_seed=1, **size)) == 3
+
+    labelled = datasets.CityscapesClips(root, ["0"], with_depth=True, **size)
+    sample = labelled[0]
+    assert len(labelled) == 4 and sample["frames"].shape == (1, 3, 64, 128)
+    assert sample["depth"].unique().tolist() == [0, pytest.approx(200 * 0.2 / 10)]
+    assert (sample["depth"][..., :2] == 0).all() and (sample["depth"][..., 2:] > 0).all()
+    assert_close(sample["K"], torch.tensor([[200.0, 0, 63], [0, 210, 33], [0, 0, 1]]))
+    crops = datasets.CityscapesClips(root, ["0"], with_depth=True, augment=True, crop=(32, 64), **size)
+    assert crops[0, (0, 5)]["depth"].shape == (1, 32, 64)
+
+    video = datasets.CityscapesClips(root, ["0", "-1", "1"], drives=["ulm"], **size)
+    assert [os.path.basename(path)[11:17] for sample in video.samples for path in sample["images"]] == [
+        f"{number:06d}" for target in (18, 19, 20) for number in (target, target - 1, target + 1)]
+    assert "2 without" in video.dropped and video[0]["frames"].shape == (3, 3, 64, 128)
+
+
 # ------------------------------------------------------------------------------------ real data
 
 def test_real_kitti_calibration():
@@ -2082,6 +2140,28 @@ def test_errors_in_a_process_of_their_own(tmp_path, world):
     )
     assert_one_line(2, done.stderr, (f"{tmp_path}/torch/hub/checkpoints/resnet18-", ".pth", "--init none"))
     assert not os.path.exists(tmp_path / "runs" / "seg_synthetic_resnet18_imagenet_all_nall_split0_seed0" / "model.pt")
+
+
+# ------------------------------------------------------------------------------------ datasets.py check
+
+def test_check_lists_what_is_there_and_what_is_broken(tmp_path, capsys):
+    root, sheet = write_cityscapes(tmp_path / "data"), tmp_path / "sheet.png"
+    options = ["check", "--data", "cityscapes", "--data_path", root, "--num_workers", "0", "--output", str(sheet)]
+    code, out, _ = call(capsys, datasets, *options, "--labels")
+    assert code == 0 and "train: 4 samples" in out and "val: 2 samples" in out and "128x64 (4)" in out
+    raw = np.stack([np.array(Image.open(path)) for path in glob.glob(f"{root}/gtFine/train/*/*")])
+    assert f"car {(raw == 26).mean():.2%} of the pixels, in 4 images" in " ".join(out.split())
+    assert Image.open(sheet).width > 640
+    code, out, _ = call(capsys, datasets, *options, "--frame_ids", "0", "--depth")
+    assert code == 0 and "fx 200.0 fy 210.0 cx 63.0 cy 33.0 (4)" in out and "median 4.00 m" in out
+    code, out, _ = call(capsys, datasets, *options)
+    assert code == 0 and "left out: 4 without all their source frames" in out and "near-static: 0.0%" in out
+
+    broken = [truncate(path, 0.6) for path in sorted(glob.glob(f"{root}/leftImg8bit/train/*/*"))[:2]]
+    broken.append(sorted(glob.glob(f"{root}/gtFine/train/*/*"))[3])
+    write_png(broken[-1], np.full((64, 128), 99, np.uint8))
+    code, out, errors = call(capsys, datasets, *options, "--labels")
+    assert code == 2 and len(errors.splitlines()) == 3 and all(path in errors for path in broken)
 
 
 # ------------------------------------------------------------------------------------ the synthetic world
