@@ -929,23 +929,21 @@ def write_cityscapes(root, cities=("aachen", "ulm"), height: int = 64, width: in
     Disparity is 10 pixels, 0 (none) in the first column and 1 (infinity) in the second; fx is 200, the baseline 0.2 m.
     """
     camera = {"extrinsic": {"baseline": 0.2}, "intrinsic": {"fx": 200.0, "fy": 210.0, "u0": 63.0, "v0": 33.0}}
-    for split, numbers in (("train", (0, 1)), ("val", (2,))):
+    disparity = np.full((height, width), 256 * 10 + 1, np.uint16)
+    disparity[:, :2] = (0, 1)
+    for number, split in enumerate(("train", "train", "val")):
+        blocks = np.random.default_rng(number).choice((0, 7, 23, 26), (height // 4, width // 4)).astype(np.uint8)
         for city in cities:
-            for number in numbers:
-                def place(kind, ending, frame=19):
-                    return os.path.join(root, kind, split, city, f"{city}_{number:06d}_{frame:06d}_{ending}")
-                write_image(place("leftImg8bit", "leftImg8bit.png"), height, width, seed=number)
-                blocks = np.random.default_rng(number).choice((0, 7, 23, 26), (height // 4, width // 4))
-                label = blocks.astype(np.uint8).repeat(4, 0).repeat(4, 1)
-                write_png(place("gtFine", "gtFine_labelIds.png"), label)
-                disparity = np.full((height, width), 256 * 10 + 1, np.uint16)
-                disparity[:, :2] = (0, 1)
-                write_png(place("disparity", "disparity.png"), disparity)
-                os.makedirs(os.path.dirname(place("camera", "")), exist_ok=True)
-                with open(place("camera", "camera.json"), "w") as file:
-                    json.dump(camera, file)
-                for frame in range(17, 22) if number == 0 else ():
-                    write_image(place("leftImg8bit_sequence", "leftImg8bit.png", frame), height, width, seed=frame)
+            def path(kind, ending, frame=19, split=split, place=f"{city}_{number:06d}", city=city):
+                return os.path.join(root, kind, split, city, f"{place}_{frame:06d}_{ending}")
+            write_image(path("leftImg8bit", "leftImg8bit.png"), height, width, seed=number)
+            write_png(path("gtFine", "gtFine_labelIds.png"), blocks.repeat(4, 0).repeat(4, 1))
+            write_png(path("disparity", "disparity.png"), disparity)
+            os.makedirs(os.path.dirname(path("camera", "")), exist_ok=True)
+            with open(path("camera", "camera.json"), "w") as file:
+                json.dump(camera, file)
+            for frame in range(17, 22) if number == 0 else ():
+                write_image(path("leftImg8bit_sequence", "leftImg8bit.png", frame), height, width, seed=frame)
     return str(root)
 
 
