@@ -32,14 +32,14 @@ if [ "$DATA" = synthetic ]; then  # small: two CPU cores, where one thread a job
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   main=stereo size="--height 64 --width 192" other="--height 128 --width 384"
   depth="--batch_size 4 --steps 300 --learning_rate 2e-4 --num_workers 0 --cache" flow=$depth reconstruction=$depth
-  labels="--batch_size 4 --steps 80 --learning_rate 5e-4 --eval_every 20 --num_workers 0"
+  batch=4 labels="--steps 80 --learning_rate 5e-4 --eval_every 20 --num_workers 0"
 else  # the paper's settings (README, "Protocol")
   JOBS=${JOBS:-1}
   main=mono+stereo size="--height 192 --width 640" other="--height 96 --width 320"
   depth="--steps 66350 --batch_size 12 --learning_rate 1e-4"
   flow="--steps 249000 --batch_size 8 --learning_rate 5e-5 --learning_rate_drop 1"
   reconstruction="--steps 249000 --batch_size 8 --learning_rate_drop 0.5 --learning_rate_factor 0.5"
-  labels="--steps 20000 --batch_size 16 --learning_rate 1e-4 --eval_every 1000"
+  batch=16 labels="--steps 20000 --learning_rate 1e-4 --eval_every 1000"
 fi
 data=(--data "$DATA" --data_path "$DATA_PATH") prefix=
 
@@ -97,6 +97,7 @@ finetune() {
   esac
   [ "$mode" = all ] || options+=(--freeze_encoder)
   [ "$images" = all ] || options+=(--train_size "$images")
+  options+=(--batch_size "$([ "$images" != all ] && [ "$images" -lt $batch ] && echo "$images" || echo $batch)")
   for seed in $SEEDS; do
     job "seg_${init}_${encoder}_${arch}_${mode}_n$images${tag}_seed$seed" train_seg.py "${data[@]}" --encoder "$encoder" \
       --arch "$arch" --init "$from" --split_seed "$seed" --seed "$seed" $size $labels ${options[@]+"${options[@]}"} "$@"
@@ -159,7 +160,7 @@ table4() {  # other pre-trainings of a ResNet-50
 table5() {  # Cityscapes, DeepLabV3, all images: the full schedule with jitter, and a controlled one
   local data=(--data cityscapes --data_path "${CITYSCAPES:-data/cityscapes}") prefix=cityscapes_ main=depth init rate
   local size="--height 1024 --width 2048" depth="--arch deeplabv3 --steps 60000 --batch_size 8"
-  local labels="--batch_size 32 --crop 512 512 --optimizer sgd --schedule poly"
+  local batch=32 labels="--crop 512 512 --optimizer sgd --schedule poly"
   for init in none imagenet depth cropped; do
     rate=0.1
     [ $init != imagenet ] || rate=0.01
@@ -170,7 +171,7 @@ table5() {  # Cityscapes, DeepLabV3, all images: the full schedule with jitter, 
 
 # shellcheck disable=SC2034
 table6() {  # large-scale pre-trainings on other domains: fine-tuned, and a linear probe
-  local name data prefix size init labels="--steps 40000 --batch_size 16 --learning_rate 1e-5"
+  local name data prefix size init batch=16 labels="--steps 40000 --learning_rate 1e-5"
   for name in ade20k voc cityscapes; do
     case $name in
       ade20k) data=(--data ade20k --data_path "${ADE20K:-data/ade20k}") size="--height 896 --width 896" ;;
@@ -231,6 +232,7 @@ fig7() {  # depth helps, flow hurts
 fig8() {  # NYU-v2
   local data=(--data nyu --data_path "${NYU:-data/nyu}") prefix=nyu_ main=depth init encoder
   local size="--height 384 --width 448" depth="--steps 100000 --batch_size 8 --min_depth 0.1 --max_depth 10"
+  local batch=16 labels="--steps 20000 --learning_rate 1e-4"
   for encoder in resnet18 resnet50; do
     for init in none imagenet depth; do finetune $init $encoder unet all all; done
   done
