@@ -33,7 +33,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from utils import InputError, Parser, run_main, within
+from utils import InputError, Parser, Run, run_main, within
 
 IGNORE = 255
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -189,6 +189,11 @@ def resize_intrinsics(K: np.ndarray, old: tuple[int, int], new: tuple[int, int])
     return K
 
 
+def check_crop(crop: tuple[int, int] | None, height: int, width: int) -> None:
+    if crop and (crop[0] > height or crop[1] > width):
+        raise InputError(f"--crop {crop[0]} {crop[1]} is larger than the image ({height} x {width})")
+
+
 def crop_and_flip(sample: dict, crop: tuple[int, int] | None, rng: np.random.Generator) -> dict:
     """The same random crop (height, width) and horizontal flip for images, K, stereo pose, depth and label of a sample.
 
@@ -314,8 +319,48 @@ class StepBatches(Sampler):
             yield batch
 
 
+class Forgiving(Dataset):
+    """Takes another sample for one that cannot be read: a function of seed and position alone, whoever loads it.
+
+    "skipped" of a sample says what was wrong with those it stands for, a line each.
+    """
+
+    def __init__(self, dataset: Dataset, most: int = 10):
+        self.dataset, self.most = dataset, most
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, tuple[int, int]]) -> dict:
+        (index, draw), problems = item, []
+        rng = np.random.default_rng([*draw, 2])  # 2: neither an item's draw nor an epoch's
+        while len(problems) < self.most:
+            try:
+                return {**self.dataset[index, draw], "skipped": "\n".join(problems)}
+            except InputError as error:
+                problems.append(str(error))
+                index = int(rng.integers(len(self.dataset)))
+        raise InputError(f"{problems[-1]} (and {self.most - 1} more in a row: --on_bad_sample skip is for a few)")
+
+
+def log_skipped(run: Run, step: int, batch: dict) -> None:
+    """A log record for every sample that this batch had to replace."""
+    for problem in "\n".join(batch.pop("skipped", ())).split("\n"):
+        if problem:
+            run.log({"step": step, "skipped": problem})
+
+
+def skipped_samples(run: Run) -> dict:
+    """For result.json: how often samples were replaced, and the problems, over the whole run however often resumed."""
+    with open(run.path("log.jsonl")) as file:
+        problems = [record["skipped"] for record in map(json.loads, file) if "skipped" in record]
+    return {"skipped": {"samples": len(problems), "problems": sorted(set(problems))}} if problems else {}
+
+
 def train_loader(dataset: Dataset, args: argparse.Namespace, start: int) -> DataLoader:
     """Batches for steps `start` to args.steps."""
+    if args.on_bad_sample == "skip":
+        dataset = Forgiving(dataset)
     batches = StepBatches(len(dataset), args.batch_size, args.seed, start, args.steps)
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers,
                       pin_memory=args.device.startswith("cuda"))
@@ -343,8 +388,7 @@ class Clips(Dataset):
         samples = moving
         if not samples:
             raise InputError(f"no usable sample in {self.name}: {self.dropped or 'no frames found'}")
-        if crop and (crop[0] > height or crop[1] > width):
-            raise InputError(f"--crop {crop[0]} {crop[1]} is larger than the image ({height} x {width})")
+        check_crop(crop, height, width)
         self.samples, self.size, self.augment, self.crop = samples, (height, width), augment, crop
         self.with_depth = with_depth
         self.cached = {} if cache else None
@@ -766,11 +810,14 @@ CITYSCAPES_TABLE = lookup_table({**dict.fromkeys((*range(34), 255), IGNORE),
 CAMVID_TABLE = lookup_table({**{i: i for i in range(11)}, 11: IGNORE})
 
 
+IN_MEMORY = 2 ** 31  # bytes that a set of labelled images, resized, may take to be kept
+
+
 class Labelled(Dataset):
     """Images with label maps, kept decoded in memory: few-shot sets are small and are seen hundreds of times.
 
     Subclasses set `classes`, `colours`, `table` and give `pairs`, a list of (image path, label path): those that the
-    training set is drawn from, or those to evaluate on.
+    training set is drawn from, or those to evaluate on. Large sets are read anew each time.
     """
 
     classes: tuple[str, ...]
@@ -778,9 +825,12 @@ class Labelled(Dataset):
     table: np.ndarray
 
     def __init__(self, pairs: list[tuple[str, str]], split: str, height: int, width: int,
-                 train_size: int | None = None, split_seed: int = 0, augment: bool = False):
+                 train_size: int | None = None, split_seed: int = 0, augment: bool = False,
+                 crop: tuple[int, int] | None = None):
+        check_crop(crop, height, width)
         self.pairs = draw_training_set(pairs, train_size, split_seed) if split == "train" else pairs
-        self.size, self.augment, self.cached = (height, width), augment, {}
+        self.size, self.augment, self.crop, self.cached = (height, width), augment, crop, {}
+        self.keep = 4 * height * width * len(self.pairs) <= IN_MEMORY
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -818,14 +868,31 @@ class Labelled(Dataset):
             image, label = self.native(index)
             # nearest-exact takes the pixel at the new pixel's centre; any interpolation would invent ids
             label = F.interpolate(label[None, None].to(torch.uint8), self.size, mode="nearest-exact")[0, 0]
-            self.cached[index] = resize(image, list(self.size), antialias=True), label
+            entry = resize(image, list(self.size), antialias=True), label
+            if not self.keep:
+                return entry
+            self.cached[index] = entry
         return self.cached[index]
+
+    def read_all(self, skip: bool = False) -> set[int]:
+        """Train ids of the labels, after reading every image (of a set too large to be kept in memory, the first 8).
+
+        So that what cannot be read is found before a run begins, unless it is to be skipped.
+        """
+        seen = set()
+        for index in range(len(self) if self.keep else 8):
+            try:
+                seen |= set(self.load(index)[1].unique().tolist())
+            except InputError:
+                if not skip:
+                    raise
+        return seen
 
     def __getitem__(self, item: int | tuple[int, tuple[int, int]]) -> dict:
         index, draw = item if isinstance(item, tuple) else (item, (0, 0))
         image, label = self.load(index)
         sample = {"image": image, "label": label.long(), "index": index}
-        return crop_and_flip(sample, None, np.random.default_rng(draw)) if self.augment else sample
+        return crop_and_flip(sample, self.crop, np.random.default_rng(draw)) if self.augment else sample
 
 
 def draw_training_set(pool: list, train_size: int | None, split_seed: int) -> list:
@@ -1598,7 +1665,7 @@ def check_command(args: argparse.Namespace) -> int:
     cls, root = find_data(args.data, args.data_path, LABELLED if args.labels else CLIPS)
     makers = {split: partial(cls, root, split) for split in ("train", "val")}
     if not args.labels:
-        fov = {"fov": args.fov or 60.0} if issubclass(cls, Frames) else {}
+        fov = {"fov": args.fov} if issubclass(cls, Frames) else {}
         makers = {"clips": partial(cls, root, [str(f) for f in args.frame_ids], with_depth=args.depth, **fov)}
     problems, tiles, legend = [], [], []
     for part, make in makers.items():
@@ -1644,7 +1711,7 @@ def main() -> int:
     check.add_argument("--labels", action="store_true", help="labelled images for train_seg.py, not clips")
     check.add_argument("--frame_ids", type=int, nargs="+", default=[0, -1, 1], help="of clips (default: 0 -1 1)")
     check.add_argument("--depth", action="store_true", help="walk the measured depth as well")
-    check.add_argument("--fov", type=within(float, 1, 178), help="of clips without intrinsics, in degrees (default: 60)")
+    check.add_argument("--fov", type=within(float, 1, 178), default=60.0, help="of clips without intrinsics, degrees")
     check.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes")
     check.add_argument("--output", metavar="contact.png", help="write a picture of some samples")
     args = parser.parse_args()

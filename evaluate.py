@@ -13,8 +13,11 @@ import argparse
 import csv
 import fnmatch
 import json
+import math
 import os
 import re
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -162,10 +165,36 @@ def release_score(label: torch.Tensor, prediction: torch.Tensor) -> float:
     return 100 * float(np.mean(scores)) if scores else float("nan")
 
 
+def slide(forward: Callable, image: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """Logits (1, classes, H, W) of an image (1, 3, H, W), averaged over windows of a size that overlap by a third.
+
+    An image smaller than the window is enlarged first, and the logits are of that size.
+    """
+    scale = max(1, *(side / length for side, length in zip(window, image.shape[2:])))
+    if scale > 1:
+        size = [max(side, round(scale * length)) for side, length in zip(window, image.shape[2:])]
+        image = F.interpolate(image, size, mode="bilinear", align_corners=False)
+    starts = []  # rows, then columns: evenly spread
+    for side, length in zip(window, image.shape[2:]):
+        count = 1 + math.ceil((length - side) / (2 / 3 * side))
+        starts.append(np.linspace(0, length - side, count).round().astype(int).tolist())
+    total, times = None, image.new_zeros(1, 1, *image.shape[2:])
+    for top, left in product(*starts):
+        place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+        logits = forward(image[place])
+        total = logits.new_zeros(1, logits.shape[1], *image.shape[2:]) if total is None else total
+        total[place] += logits
+        times[place] += 1
+    return total / times
+
+
 @torch.inference_mode()
 def evaluate_segmentation(model: torch.nn.Module, dataset: datasets.Labelled, device: torch.device,
-                          batch_size: int = 8) -> dict:
+                          batch_size: int = 8, window: tuple[int, int] | None = None, flip: bool = False) -> dict:
     """Scores of a segmenter on every image, at the labels' native size.
+
+    Images are resized to the data set's size; with a `window` (height, width) they keep their own and are seen through
+    windows of that size. flip: logits are averaged with those of the mirrored image.
 
     Returns "miou" and "pixel_accuracy" in percent, "iou" by class name, "cross_entropy" in nats per pixel (the paper's
     proxy of H(y|h), Eq. 3), and for the 19 Cityscapes classes "release_miou". The model's mode is restored.
@@ -174,8 +203,17 @@ def evaluate_segmentation(model: torch.nn.Module, dataset: datasets.Labelled, de
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     confusion, nats, pixels, release = torch.zeros(classes, classes, dtype=torch.int64), 0.0, 0, []
-    for batch in DataLoader(dataset, batch_size):
-        logits = model(datasets.to_device(batch, device)["image"])[0]
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        logits = model(images)[0]
+        return (logits + model(images.flip(-1))[0].flip(-1)) / 2 if flip else logits
+
+    whole = DataLoader(dataset, max(1, min(batch_size, 2 ** 20 // math.prod(dataset.size))))
+    native = ({"image": datasets.read_image(path)[None], "index": torch.tensor([index])}
+              for index, (path, _) in enumerate(dataset.pairs))
+    for batch in native if window else whole:
+        images = datasets.to_device(batch, device)["image"]
+        logits = slide(forward, images, window) if window else forward(images)
         for one, index in zip(logits, batch["index"].tolist()):
             label = dataset.native_label(index).to(device)
             one = F.interpolate(one[None], label.shape, mode="bilinear", align_corners=False)
@@ -334,7 +372,9 @@ def seg_command(args: argparse.Namespace) -> int:
     dataset = cls(root, "val", height=options["height"], width=options["width"])
     if list(dataset.classes) != list(options["classes"]):
         raise InputError(f"{args.weights} knows the classes {', '.join(options['classes'])}; {args.data} has others")
-    scores = evaluate_segmentation(model.to(device), dataset, device)
+    mode = args.eval_mode or options.get("eval_mode", "whole")
+    window = (options.get("crop") or dataset.size) if mode == "slide" else None
+    scores = evaluate_segmentation(model.to(device), dataset, device, window=window, flip=args.flip)
     release = f", the release's 7-class mIoU {scores['release_miou']:.2f} %" if "release_miou" in scores else ""
     print(f"{args.weights}: {len(dataset)} images, mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} "
           f"%, {scores['cross_entropy']:.3f} nats per pixel{release}")
@@ -498,6 +538,7 @@ PAPER = {
 
 # options in which the runs of one row may differ
 SAME_RUN = {"name", "seed", "split_seed", "data_path", "init", "log_dir", "resume", "device", "num_workers",
+            "on_bad_sample",
             "log_every", "eval_every", "save_every"}
 
 
@@ -725,6 +766,10 @@ def main() -> int:
     seg.add_argument("--weights", required=True, help="run folder or model.pt of a segmenter")
     seg.add_argument("--data", help="default: what it was trained on")
     seg.add_argument("--data_path")
+    seg.add_argument("--eval_mode", choices=("whole", "slide"),
+                     help="images resized to the network's size, or at their own size through overlapping windows of "
+                          "the size it was trained on (default: as in training)")
+    seg.add_argument("--flip", action="store_true", help="average with the prediction for the mirrored image")
     seg.add_argument("--output", help="folder for segmentation.json")
     seg.set_defaults(run=seg_command)
 

@@ -1127,6 +1127,47 @@ def test_evaluation_of_a_segmenter(tmp_path):
     )
 
 
+# ------------------------------------------------------------------------------------ windows and flips
+
+@pytest.mark.parametrize("height, width", ((64, 96), (65, 200), (150, 97), (40, 60)))
+def test_windows_cover_an_image_and_are_averaged(height, width):
+    """A network that looks at single pixels gives the same through windows; constants average where windows overlap."""
+    image, window, calls = smooth_images(1, height, width), (64, 96), []
+
+    def forward(part):
+        assert part.shape[2:] == window
+        calls.append(part)
+        return torch.cat([part, torch.full_like(part[:, :1], len(calls))], 1)
+    logits = evaluate.slide(forward, image, window)
+    scale = max(64 / height, 96 / width, 1)
+    size = (max(64, round(scale * height)), max(96, round(scale * width)))
+    seen = image if scale == 1 else F.interpolate(image, size, mode="bilinear", align_corners=False)
+    assert_close(logits[:, :3], seen)
+    assert len(calls) == np.prod([1 + np.ceil((a - b) / (2 / 3 * b)) for a, b in zip(size, window)])
+    assert logits[0, 3, 0, 0] == 1 and logits[0, 3, -1, -1] == len(calls)  # the corners are in one window each
+    if (height, width) == (65, 200):  # two rows of windows, three columns of them
+        assert logits[0, 3, 32, 70] == np.mean([1, 2, 4, 5])
+
+
+def test_evaluation_through_windows_and_with_flips(tmp_path):
+    """A window as large as the image is the whole image; a flip averages with the mirrored image's prediction."""
+    data = datasets.KittiSemantics(write_semantics(tmp_path, height=64, width=96), "val", height=64, width=96)
+    torch.manual_seed(0)
+    model, device = networks.build("unet", "resnet18", 19), torch.device("cpu")
+    whole = evaluate.evaluate_segmentation(model, data, device)
+    window = evaluate.evaluate_segmentation(model, data, device, window=(64, 96))
+    assert window["cross_entropy"] == pytest.approx(whole["cross_entropy"], rel=1e-5)
+    small = evaluate.evaluate_segmentation(model, data, device, window=(64, 64))
+    assert small["cross_entropy"] != pytest.approx(whole["cross_entropy"], rel=1e-5)
+
+    with torch.no_grad():
+        image = torch.stack([data[i]["image"] for i in range(len(data))]).float() / 255
+        logits = (model.eval()(image)[0] + model(image.flip(-1))[0].flip(-1)) / 2
+    label = torch.stack([data.native_label(i) for i in range(len(data))])
+    flipped = evaluate.evaluate_segmentation(model, data, device, flip=True)["cross_entropy"]
+    assert flipped == pytest.approx(F.cross_entropy(logits, label, ignore_index=255).item(), rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------ scripts, as a user runs them
 
 SMALL = ["--height", "64", "--width", "96", "--batch_size", "2", "--log_every", "1"]
@@ -2138,6 +2179,73 @@ def test_errors_in_a_process_of_their_own(tmp_path, world):
     )
     assert_one_line(2, done.stderr, (f"{tmp_path}/torch/hub/checkpoints/resnet18-", ".pth", "--init none"))
     assert not os.path.exists(tmp_path / "runs" / "seg_synthetic_resnet18_imagenet_all_nall_split0_seed0" / "model.pt")
+
+
+# ------------------------------------------------------------------------------------ bad samples, crops and jitter
+
+def test_bad_samples_stop_or_are_replaced(tmp_path, capsys, monkeypatch):
+    """Skipping depends on seed and position alone: not on the loader processes, nor on an interruption."""
+    write_frames(tmp_path / "video", range(1, 9))
+    broken = [truncate(f"{tmp_path}/video/frame{number}.jpg", 0.6) for number in (1, 3, 6)]
+
+    def run(name: str, *options: str) -> tuple[int, str, str]:
+        return call(capsys, train_depth, *frames_run(tmp_path, "--steps", "4", "--batch_size", "2", "--name", name,
+                                                     "--on_bad_sample", "skip", *options))
+    code, _, errors = run("stop", "--on_bad_sample", "stop")
+    assert_one_line(code, errors, (broken[0],))
+
+    assert run("skip")[0] == 0
+    skipped = read_json(tmp_path, "runs", "skip", "result.json")["skipped"]
+    assert skipped["samples"] >= 3 and len(skipped["problems"]) == 3
+    assert all(path in problem for path, problem in zip(broken, skipped["problems"]))
+    weights = read_weights(f"{tmp_path}/runs/skip")
+
+    assert run("workers", "--num_workers", "2")[0] == 0
+    with monkeypatch.context() as patch:
+        log = utils.Run.log
+
+        def log_and_stop(self, record):
+            self.stop |= record["step"] == 2 and "loss" in record
+            log(self, record)
+        patch.setattr(utils.Run, "log", log_and_stop)
+        assert run("resumed", "--log_every", "1")[0] == utils.STOPPED
+    assert run("resumed", "--log_every", "1")[0] == 0
+    for name in ("workers", "resumed"):
+        assert differing(weights, read_weights(f"{tmp_path}/runs/{name}")) == []
+        assert read_json(tmp_path, "runs", name, "result.json")["skipped"] == skipped
+
+    for number in range(1, 9):
+        truncate(f"{tmp_path}/video/frame{number}.jpg", 0.5)
+    code, _, errors = run("nothing")
+    assert_one_line(code, errors, ("video/frame", "in a row", "--on_bad_sample"))
+
+
+def test_fine_tuning_on_crops_with_jitter(tmp_path, capsys):
+    """Trained on crops, evaluated through windows of their size; evaluate.py does the same by itself."""
+    root = write_cityscapes(tmp_path / "data", height=96, width=192)
+    options = ["--data", "cityscapes", "--data_path", root, "--height", "96", "--width", "192", "--crop", "64", "96",
+               "--jitter", "0.5", "--eval_mode", "slide", "--batch_size", "2", "--steps", "2", "--num_workers", "0",
+               "--log_dir", f"{tmp_path}/runs"]
+    shapes = []
+    build = networks.build
+
+    def spy(*arguments, **more):
+        model = build(*arguments, **more)
+        model.register_forward_pre_hook(lambda module, inputs: shapes.append((module.training, *inputs[0].shape[2:])))
+        return model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "build", spy)
+        code, _, errors = call(capsys, train_seg, *options, "--name", "crops")
+    assert code == 0, errors
+    assert set(shapes) == {(True, 64, 96), (False, 64, 96)}
+    result = read_json(tmp_path, "runs", "crops", "result.json")
+    command = ["seg", "--weights", f"{tmp_path}/runs/crops", "--data_path", root, "--output", f"{tmp_path}/out"]
+    assert call(capsys, evaluate, *command)[0] == 0
+    assert read_json(tmp_path, "out", "segmentation.json")["cross_entropy"] == pytest.approx(result["cross_entropy"])
+    assert call(capsys, evaluate, *command, "--eval_mode", "whole", "--flip")[0] == 0
+    assert read_json(tmp_path, "out", "segmentation.json")["cross_entropy"] != pytest.approx(result["cross_entropy"])
+    code, _, errors = call(capsys, train_seg, *options, "--crop", "128", "96")
+    assert_one_line(code, errors, ("--crop 128 96", "96 x 192"))
 
 
 # ------------------------------------------------------------------------------------ datasets.py check

@@ -181,7 +181,8 @@ def main() -> int:
     dataset = make_dataset(args)
     if len(dataset) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(dataset)} samples)")
-    dataset[0]  # what cannot be read is found before the run begins
+    if args.on_bad_sample == "stop":
+        dataset[0]  # what cannot be read is found before the run begins
 
     # model
     torch.manual_seed(args.seed)
@@ -229,7 +230,9 @@ def main() -> int:
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, disable=None)
     for step in progress:
         waited = time.perf_counter()
-        batch = datasets.to_device(next(batches), device)
+        batch = next(batches)
+        datasets.log_skipped(run, step + 1, batch)
+        batch = datasets.to_device(batch, device)
         waited = time.perf_counter() - waited
         generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         rate = args.learning_rate * (args.learning_rate_factor if step >= args.learning_rate_drop * args.steps else 1)
@@ -260,7 +263,8 @@ def main() -> int:
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
-    save_json(run.path("result.json"), {"step": done, "samples": len(dataset), **record})
+    save_json(run.path("result.json"), {"step": done, "samples": len(dataset), **record,
+                                        **datasets.skipped_samples(run)})
     print(f"{what}: {done} steps done" + (f", loss {record['loss']:.4f}" if record else ""))
     return 0
 

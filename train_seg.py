@@ -35,6 +35,13 @@ def parse_options() -> argparse.Namespace:
                        help="labelled images to train on, drawn at random (paper: 16; default: all)")
     group.add_argument("--split_seed", type=within(int, 0), default=0,
                        help="of that draw; the images for evaluation are always the same")
+    group.add_argument("--crop", type=within(int, 64, 8192), nargs=2, metavar=("H", "W"),
+                       help="train on random crops of the resized images (paper: Cityscapes 512 512 of 1024 2048)")
+    group.add_argument("--jitter", type=within(float, 0, 1), default=0.0,
+                       help="brightness, contrast and saturation vary by this share (paper: 0; Cityscapes 0.5)")
+    group.add_argument("--eval_mode", choices=("whole", "slide"), default="whole",
+                       help="evaluate images resized to --height and --width, or at their own size through overlapping "
+                            "windows of the size trained on")
     group = parser.add_argument_group("network")
     group.add_argument("--arch", choices=("unet", "deeplabv3"), default="unet",
                        help="unet: the depth network with its last layer replaced; deeplabv3: torchvision's")
@@ -122,14 +129,15 @@ def main() -> int:
     # data
     cls, root = datasets.find_data(args.data, args.data_path, datasets.LABELLED)
     size = {"height": args.height, "width": args.width}
-    train_set = cls(root, "train", train_size=args.train_size, split_seed=args.split_seed, augment=True, **size)
+    train_set = cls(root, "train", train_size=args.train_size, split_seed=args.split_seed, augment=True, crop=args.crop,
+                    **size)
     val_set = cls(root, "val", **size)
     if len(train_set) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(train_set)} images)")
-    for index in range(len(val_set)):  # what cannot be read is found before the run begins
-        val_set.load(index)
-    seen = {c for i in range(len(train_set)) for c in train_set.load(i)[1].unique().tolist()}
-    absent = [name for c, name in enumerate(train_set.classes) if c not in seen]
+    val_set.read_all()
+    seen = train_set.read_all(skip=args.on_bad_sample == "skip")
+    absent = [name for c, name in enumerate(train_set.classes) if c not in seen and train_set.keep]
+    window = (args.crop or val_set.size) if args.eval_mode == "slide" else None
 
     # model
     torch.manual_seed(args.seed)
@@ -162,25 +170,31 @@ def main() -> int:
         print("no training image shows " + ", ".join(absent))
 
     options = {"task": "segmentation", "arch": args.arch, "encoder": args.encoder, "height": args.height,
-               "width": args.width, "normalize_twice": args.normalize_twice, "data": args.data,
+               "width": args.width, "crop": args.crop, "eval_mode": args.eval_mode,
+               "normalize_twice": args.normalize_twice, "data": args.data,
                "classes": list(train_set.classes),
                "colours": [list(colour) for colour in train_set.colours]}
 
     # loop
     if start == 0:  # where the curves begin
-        scores = evaluate.evaluate_segmentation(model, val_set, device)
+        scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
         run.log({"step": 0, **{key: scores[key] for key in CURVES}})
     meter, done, scores = Meter(), start, {}
     batches = iter(datasets.train_loader(train_set, args, start))
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, disable=None)
     for step in progress:
         waited = time.perf_counter()
-        batch = datasets.to_device(next(batches), device)
+        batch = next(batches)
+        datasets.log_skipped(run, step + 1, batch)
+        batch = datasets.to_device(batch, device)
         waited = time.perf_counter() - waited
         rate = learning_rate(args, step)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
 
+        if args.jitter:
+            generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+            batch["image"] = datasets.color_jitter(batch["image"], generator, args.jitter, hue=0.0, probability=1.0)
         logits = model(batch["image"])[0]  # (B, classes, H, W)
         terms = {"loss": F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)}
         meter.add(terms, waited)
@@ -197,7 +211,7 @@ def main() -> int:
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
             run.log({"step": done, **record})
         if done % args.eval_every == 0 or done == args.steps:
-            scores = evaluate.evaluate_segmentation(model, val_set, device)
+            scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
             run.log({"step": done, **{key: scores[key] for key in CURVES}})
             meter = Meter()  # the time of the evaluation is not the steps'
         if step == 0 or done % args.save_every == 0 or last:
@@ -210,8 +224,10 @@ def main() -> int:
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
-    scores = scores or evaluate.evaluate_segmentation(model, val_set, device)  # killed between last.pt and here
-    save_json(run.path("result.json"), {"step": done, "pretraining": pretraining, **scores})
+    if not scores:  # killed between last.pt and here
+        scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
+    save_json(run.path("result.json"), {"step": done, "pretraining": pretraining, **scores,
+                                        **datasets.skipped_samples(run)})
     print(f"{pretraining}: mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} %, "
           f"{scores['cross_entropy']:.3f} nats per pixel on {scores['images']} images")
     return 0

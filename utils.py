@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL: run the command again)
-MAY_CHANGE = {"resume", "device", "num_workers", "log_dir", "log_every", "save_every", "cache"}  # in a continued run
+MAY_CHANGE = {"resume", "device", "num_workers", "log_dir", "log_every", "save_every", "cache", "on_bad_sample"}
 
 
 class InputError(Exception):
@@ -63,6 +63,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
                        help="pixels, a multiple of 32, or of a ViT's patch (paper: 192)")
     group.add_argument("--width", type=within(int, 64, 8192), default=640, help="pixels, likewise (paper: 640)")
     group.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes; 0 for none")
+    group.add_argument("--on_bad_sample", choices=("stop", "skip"), default="stop",
+                       help="at an image that cannot be read: stop, or take another sample and list it in result.json")
     group = parser.add_argument_group("run")
     group.add_argument("--name", help="folder below --log_dir (default: made of the options)")
     group.add_argument("--log_dir", default="runs", help="where run folders go")
