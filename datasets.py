@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import zlib
 from collections import Counter
@@ -33,7 +34,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from utils import InputError, Parser, Run, run_main, within
+from utils import SIGNALS, InputError, Parser, Run, run_main, within
 
 IGNORE = 255
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -357,12 +358,18 @@ def skipped_samples(run: Run) -> dict:
     return {"skipped": {"samples": len(problems), "problems": sorted(set(problems))}} if problems else {}
 
 
+def leave_signals(worker: int) -> None:
+    """Loader processes outlive the signals that a scheduler or Ctrl-C sends to the whole group: the run ends them."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+
+
 def train_loader(dataset: Dataset, args: argparse.Namespace, start: int) -> DataLoader:
     """Batches for steps `start` to args.steps."""
     if args.on_bad_sample == "skip":
         dataset = Forgiving(dataset)
     batches = StepBatches(len(dataset), args.batch_size, args.seed, start, args.steps)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers,
+    return DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, worker_init_fn=leave_signals,
                       pin_memory=args.device.startswith("cuda"))
 
 

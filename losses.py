@@ -5,7 +5,11 @@ Conventions: images (B, 3, H, W) in [0, 1]; depth (B, 1, H, W) is camera z; disp
 source-camera points. Every `grid_sample` uses align_corners=True, which is what pixel centres on integers mean.
 """
 
+import os
+import re
 import sys
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -302,10 +306,42 @@ def reconstruction_loss(reconstructions: list[torch.Tensor], pyramid: list[torch
     return (torch.stack(losses) * weights).sum() / weights.sum()
 
 
-# ---------------------------------------------------------------------------------------------- while training
+# ---------------------------------------------------------------------------------------------- what is not finite
 
-def refuse_nonfinite(terms: dict[str, torch.Tensor], step: int, indices: torch.Tensor) -> None:
-    """Do not go on with a loss that is not finite: one line, exit code 1, checkpoints as they were."""
-    for name, value in terms.items():
-        if not value.isfinite():
-            sys.exit(f"stopped: {name} is {float(value)} at step {step} (samples {indices.tolist()})")
+def refuse_nonfinite(terms: dict[str, torch.Tensor], parts: dict[str, torch.nn.Module], step: int,
+                     indices: torch.Tensor, rerun: Callable[[], tuple[dict, object]] | None = None) -> None:
+    """Between backward and update, end a run whose loss or gradients are not finite: one line, exit code 1.
+
+    indices: of the samples; rerun: computes the terms of this step again, to name the layer.
+    """
+    bad = [f"{name} is {value.item()}" for name, value in terms.items() if not value.isfinite()]
+    gradients = {f"{part}.{name}": parameter.grad for part, module in parts.items()
+                 for name, parameter in module.named_parameters() if parameter.grad is not None}
+    if not bad and not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
+        bad = [f"the gradient of {name} is not finite" for name, g in gradients.items() if not g.isfinite().all()][-1:]
+    if bad:
+        found = find_nonfinite(rerun, parts) if rerun else "the same command with --detect names the layer"
+        sys.exit(f"stopped: {bad[0]} at step {step} (samples {indices.tolist()}), nothing was overwritten; {found}")
+
+
+def find_nonfinite(rerun: Callable[[], tuple[dict, object]], parts: dict[str, torch.nn.Module]) -> str:
+    """Compute a step again: the first layer whose output is not finite, or the operation whose gradient is not."""
+    layers, operation = [], "no layer's output, but the loss itself"
+
+    def watch(name: str) -> Callable:
+        def look(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | list[torch.Tensor]) -> None:
+            if not all(x.isfinite().all() for x in ([output] if torch.is_tensor(output) else output)):
+                layers.append(name)
+        return look
+
+    hooks = [module.register_forward_hook(watch(f"{part}.{name}")) for part, whole in parts.items()
+             for name, module in whole.named_modules()]
+    with warnings.catch_warnings(record=True) as notes, torch.autograd.detect_anomaly():
+        try:
+            rerun()[0]["loss"].backward()
+        except RuntimeError as error:
+            origin = re.findall(r'File "(?!.*site-packages)(.+)", line (\d+), in (\w+)', str(notes[-1].message))
+            operation = f"{error} It belongs to {os.path.basename(origin[-1][0])} line {origin[-1][1]}, {origin[-1][2]}"
+    for hook in hooks:
+        hook.remove()
+    return f"first in the output of {layers[0]}" if layers else operation

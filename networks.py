@@ -270,12 +270,15 @@ def read_last(path: str) -> dict | None:
     return checkpoint
 
 
+def parts_of(model: nn.Module, pose: nn.Module | None = None) -> dict[str, nn.Module]:
+    """The parts that checkpoints tell apart: "encoder", "decoder", and of a PoseNet "pose_encoder", "pose"."""
+    parts = {"encoder": model.encoder, "decoder": model.decoder}
+    return parts if pose is None else {**parts, "pose_encoder": pose.encoder, "pose": pose.decoder}
+
+
 def state(model: nn.Module, pose: nn.Module | None = None) -> dict[str, dict]:
-    """State dicts by part, as checkpoints hold them: "encoder", "decoder", and of a PoseNet "pose_encoder", "pose"."""
-    parts = {"encoder": model.encoder.state_dict(), "decoder": model.decoder.state_dict()}
-    if pose is not None:
-        parts |= {"pose_encoder": pose.encoder.state_dict(), "pose": pose.decoder.state_dict()}
-    return parts
+    """State dicts by part, as checkpoints hold them."""
+    return {name: part.state_dict() for name, part in parts_of(model, pose).items()}
 
 
 def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, model: nn.Module,
@@ -284,11 +287,8 @@ def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, model: nn
     if checkpoint is None:
         return 0
     try:
-        model.encoder.load_state_dict(checkpoint["model"]["encoder"])
-        model.decoder.load_state_dict(checkpoint["model"]["decoder"])
-        if pose is not None:
-            pose.encoder.load_state_dict(checkpoint["model"]["pose_encoder"])
-            pose.decoder.load_state_dict(checkpoint["model"]["pose"])
+        for name, part in parts_of(model, pose).items():
+            part.load_state_dict(checkpoint["model"][name])
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (KeyError, ValueError, RuntimeError) as error:  # from another version of the code
         reason = str(error).strip().splitlines()[-1].strip()

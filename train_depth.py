@@ -10,6 +10,7 @@ Weights, options, log and pictures go to runs/<name>/. The same command again co
 
 import argparse
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -119,9 +120,10 @@ def make_dataset(args: argparse.Namespace) -> datasets.Clips:
 
 
 def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
-                 generator: torch.Generator) -> tuple[dict, dict]:
+                 step: int) -> tuple[dict, dict]:
     """Loss terms and maps to look at, of one batch. Networks see jittered frames, losses the real ones."""
     frames = batch["frames"]  # (B, F, 3, H, W), target first
+    generator = torch.Generator(frames.device).manual_seed(args.seed * 1_000_003 + step)
     jittered = datasets.color_jitter(frames[:, :len(args.frame_ids)], generator)  # no network sees the other camera
     target = frames[:, 0]
 
@@ -234,19 +236,20 @@ def main() -> int:
         datasets.log_skipped(run, step + 1, batch)
         batch = datasets.to_device(batch, device)
         waited = time.perf_counter() - waited
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         rate = args.learning_rate * (args.learning_rate_factor if step >= args.learning_rate_drop * args.steps else 1)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        terms, views = compute_loss(args, model, pose, batch, generator)
+        terms, views = compute_loss(args, model, pose, batch, step)
         meter.add(terms, waited)
-        done = step + 1
-        last = done == args.steps or run.stop
-        if device.type == "cpu" or last or done % args.log_every == 0 or done % args.save_every == 0:
-            losses.refuse_nonfinite(terms, done, batch["index"])  # on a GPU not at every step, as asking means waiting
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
+        done = step + 1
+        last = done == args.steps or run.stop
+        # on a GPU not at every step, as asking means waiting
+        if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
+            rerun = partial(compute_loss, args, model, pose, batch, step) if args.detect else None
+            losses.refuse_nonfinite(terms, networks.parts_of(model, pose), done, batch["index"], rerun)
         optimizer.step()
 
         if done % args.log_every == 0 or last:

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,12 @@ def name_pretraining(init: str) -> str:
     return f"{name} on {options['data']}" if "data" in options else name
 
 
+def compute_loss(model: torch.nn.Module, batch: dict) -> tuple[dict, torch.Tensor]:
+    """Cross-entropy over labelled pixels (Eq. 2), and the logits (B, classes, H, W)."""
+    logits = model(batch["image"])[0]
+    return {"loss": F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)}, logits
+
+
 def save_pictures(path: str, batch: dict, logits: torch.Tensor, colours: tuple, count: int = 4) -> None:
     """Rows of: image, label, prediction."""
     columns = (batch["image"][:count], evaluate.colour_labels(batch["label"][:count], colours),
@@ -195,15 +202,16 @@ def main() -> int:
         if args.jitter:
             generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
             batch["image"] = datasets.color_jitter(batch["image"], generator, args.jitter, hue=0.0, probability=1.0)
-        logits = model(batch["image"])[0]  # (B, classes, H, W)
-        terms = {"loss": F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)}
+        terms, logits = compute_loss(model, batch)
         meter.add(terms, waited)
-        done = step + 1
-        last = done == args.steps or run.stop
-        if device.type == "cpu" or last or done % args.log_every == 0 or done % args.save_every == 0:
-            losses.refuse_nonfinite(terms, done, batch["index"])  # on a GPU not at every step, as asking means waiting
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
+        done = step + 1
+        last = done == args.steps or run.stop
+        # on a GPU not at every step, as asking means waiting
+        if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
+            rerun = partial(compute_loss, model, batch) if args.detect else None
+            losses.refuse_nonfinite(terms, networks.parts_of(model), done, batch["index"], rerun)
         optimizer.step()
 
         if done % args.log_every == 0 or last:

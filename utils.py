@@ -19,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL: run the command again)
-MAY_CHANGE = {"resume", "device", "num_workers", "log_dir", "log_every", "save_every", "cache", "on_bad_sample"}
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MAY_CHANGE = {"resume", "detect", "device", "num_workers", "log_dir", "log_every", "save_every", "cache",  # later on
+              "on_bad_sample"}
 
 
 class InputError(Exception):
@@ -30,10 +32,14 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Call a script's main and turn its outcome into the exit codes of the README."""
     try:
         sys.exit(main() or 0)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a full disk, a file that vanished
         # an error of a loader process comes with its traceback above
         line = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
         sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
+    except RuntimeError as error:
+        if not re.search("DataLoader worker|allocate", str(error)):  # killed from outside, or out of memory
+            raise
+        sys.exit(f"error: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -71,6 +77,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=within(int, 0), default=0, help="of weights, order and augmentation")
     group.add_argument("--resume", action="store_true",
                        help="demand a checkpoint to continue from; one that is there is used in any case")
+    group.add_argument("--detect", action="store_true", help="name the layer where a loss or gradient is not finite")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     group.add_argument("--log_every", type=within(int, 1), default=50, help="steps between log records")
     group.add_argument("--save_every", type=within(int, 1), default=1000, help="steps between checkpoints")
@@ -124,7 +131,7 @@ class Run:
         try:
             os.makedirs(self.path("samples"), exist_ok=True)
             self.lock = open(self.path("lock"), "w")  # noqa: SIM115  (held as long as the process lives)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
         except BlockingIOError:
             raise InputError(f"{self.folder}: another process runs there; give another --name") from None
         except OSError as error:
@@ -140,8 +147,8 @@ class Run:
             self.log_file = open(self.path("log.jsonl"), "a", buffering=1)  # noqa: SIM115  (open as long as the run)
             known = self.checkpoint["log_size"] if self.checkpoint else 0
             self.log_file.truncate(min(known, self.log_file.tell()))  # later records are of steps that are run again
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._on_signal)
+            for each in SIGNALS:
+                signal.signal(each, self._on_signal)
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -163,10 +170,9 @@ class Run:
             "git_commit": commit or None})
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.stop:  # a second signal ends at once
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
         self.stop = True
+        for each in SIGNALS:  # a second one ends at once
+            signal.signal(each, signal.SIG_DFL)
 
     def log(self, record: dict) -> None:
         """One record, the same for people and as a line of JSON."""
