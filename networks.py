@@ -9,7 +9,9 @@ Parameter names follow Monodepth2's published checkpoints, so that its folders l
 """
 
 import argparse
+import math
 import os
+import re
 import zipfile
 
 import torch
@@ -21,11 +23,19 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from utils import InputError
 
 RESNETS = {"resnet18": (64, 64, 128, 256, 512), "resnet50": (64, 256, 512, 1024, 2048)}  # channels of the five features
+VITS = {f"vit_{size}{patch}": (patch, *shape) for patch in (14, 16)  # patch, blocks, heads, width
+        for size, shape in {"s": (12, 6, 384), "b": (12, 12, 768), "l": (24, 16, 1024)}.items()}
+ENCODERS = (*RESNETS, *VITS)
 IMAGENET_MEAN, IMAGENET_STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 HEADS = {  # by architecture, the names of the last layers, which each task replaces
-    "unet": ("decoder.10.", "decoder.11.", "decoder.12.", "decoder.13."), "deeplabv3": ("4.",)}
+    "unet": ("decoder.10.", "decoder.11.", "decoder.12.", "decoder.13."), "deeplabv3": ("4.",), "dpt": ("head.",),
+    "linear": ("1.",)}
 HEADS["flow"] = HEADS["unet"]
 DECODER_CHANNELS = (16, 32, 64, 128, 256)  # of the decoder's five levels, finest first
+DPT_CHANNELS = {  # by the ViT's width: of its four maps, and where they are fused
+    384: ((48, 96, 192, 384), 64), 768: ((96, 192, 384, 768), 128), 1024: ((256, 512, 1024, 1024), 256)}
+DPT_LAYERS_HELP = "blocks that DPT sees: spread over the depth, or the last four (Depth Anything v1)"
+POSITIONS = "encoder.encoder.pos_embedding"  # of a VitEncoder; of any grid
 FLOW_RANGE = 0.4  # flow = 0.4 * (sigmoid - 0.5) of the image size: at most a fifth of it in each direction
 
 
@@ -56,6 +66,60 @@ class ResnetEncoder(nn.Module):
         for layer in (net.layer2, net.layer3, net.layer4):
             features.append(layer(features[-1]))
         return features
+
+
+class VitEncoder(nn.Module):
+    """torchvision's vision transformer without its classifier: maps of patch tokens after some of its blocks.
+
+    images: (B, 3, H, W) in [0, 1], H and W multiples of the patch. Normalised here and nowhere else.
+    layers: blocks to return, from 0. Returns for each (B, width, H / patch, W / patch), after the last layer norm; or,
+    with `readout`, (B, 2 * width, ...) before it, with the class token beside every patch.
+    """
+
+    def __init__(self, name: str, layers: tuple[int, ...], readout: bool = False):
+        super().__init__()
+        self.name, self.layers, self.readout = name, layers, readout
+        self.stride, blocks, heads, width = VITS[name]
+        self.channels = (width * (1 + readout),) * len(layers)
+        self.encoder = torchvision.models.VisionTransformer(224, self.stride, blocks, heads, width, 4 * width)
+        del self.encoder.heads
+        self.encoder.encoder.ln.requires_grad_(not readout)  # kept for whoever takes the encoder, but unused
+        self.register_buffer("mean", IMAGENET_MEAN, persistent=False)
+        self.register_buffer("std", IMAGENET_STD, persistent=False)
+        self.register_load_state_dict_pre_hook(adopt_positions)
+
+    def positions(self, rows: int, columns: int) -> torch.Tensor:
+        """Position embeddings (1, 1 + rows * columns, width), interpolated from the grid they were trained on."""
+        table = self.encoder.encoder.pos_embedding
+        grid = math.isqrt(table.shape[1] - 1)
+        if (rows, columns) == (grid, grid):
+            return table
+        patches = table[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
+        patches = F.interpolate(patches, (rows, columns), mode="bicubic", align_corners=False, antialias=True)
+        return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        net = self.encoder
+        patches = net.conv_proj((images - self.mean) / self.std)  # (B, width, H / patch, W / patch)
+        size = patches.shape[2:]
+        x = torch.cat([net.class_token.expand(len(images), -1, -1), patches.flatten(2).transpose(1, 2)], 1)
+        x, features = x + self.positions(*size), []
+        for i, block in enumerate(net.encoder.layers):
+            x = block(x)
+            if i in self.layers:
+                tokens = x if self.readout else net.encoder.ln(x)
+                tokens, readout = tokens[:, 1:], tokens[:, :1]
+                if self.readout:
+                    tokens = torch.cat([tokens, readout.expand_as(tokens)], 2)
+                features.append(tokens.transpose(1, 2).unflatten(2, size))
+        return features
+
+
+def adopt_positions(encoder: VitEncoder, state: dict, prefix: str, *_: object) -> None:
+    """Before loading: room for position embeddings on the checkpoint's own grid."""
+    if prefix + POSITIONS in state:
+        table = encoder.encoder.encoder.pos_embedding
+        table.data = table.new_empty(state[prefix + POSITIONS].shape)
 
 
 class Conv3x3(nn.Module):
@@ -112,7 +176,7 @@ class DepthDecoder(nn.Module):
 
 
 class LastMapDecoder(nn.Sequential):
-    """Layers on the encoder's last map alone (DeepLabV3's head), then bilinear upsampling to the image's size.
+    """Layers on the encoder's last map alone (DeepLabV3's head, a linear probe), upsampled to the image's size.
 
     features: the encoder's maps; stride: of the last one. Returns [(B, channels, H, W)].
     """
@@ -124,6 +188,57 @@ class LastMapDecoder(nn.Sequential):
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         small = super().forward(features[-1])
         return [F.interpolate(small, scale_factor=self.stride, mode="bilinear", align_corners=False)]
+
+
+class ResidualUnit(nn.Module):
+    """x plus two 3x3 convolutions of it, each after a ReLU."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class DptDecoder(nn.Module):
+    """DPT's decoder: four maps of a ViT at 4, 2, 1 and 1/2 times their size, fused from the coarsest to the finest.
+
+    With a readout, for maps with the class token beside each patch, it is DPT-Large's; without, Depth Anything's.
+    features: four maps (B, C, h, w) of a VitEncoder with patches of `stride` pixels. Returns [(B, channels, H, W)].
+    """
+
+    def __init__(self, width: int, stride: int, channels: int, readout: bool):
+        super().__init__()
+        sizes, inner = DPT_CHANNELS[width]
+        self.stride = stride
+        self.readout = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for _ in sizes if readout)
+        self.project = nn.ModuleList(nn.Conv2d(width, size, 1) for size in sizes)
+        self.resize = nn.ModuleList([
+            nn.ConvTranspose2d(sizes[0], sizes[0], 4, stride=4), nn.ConvTranspose2d(sizes[1], sizes[1], 2, stride=2),
+            nn.Identity(), nn.Conv2d(sizes[3], sizes[3], 3, stride=2, padding=1)])
+        self.reduce = nn.ModuleList(nn.Conv2d(size, inner, 3, padding=1, bias=False) for size in sizes)
+        self.skip = nn.ModuleList(ResidualUnit(inner) for _ in sizes[1:])  # the coarsest map has nothing to join
+        self.fuse = nn.ModuleList(ResidualUnit(inner) for _ in sizes)
+        self.mix = nn.ModuleList(nn.Conv2d(inner, inner, 1) for _ in sizes)
+        self.conv1 = nn.Conv2d(inner, inner // 2, 3, padding=1)
+        self.conv2 = nn.Conv2d(inner // 2, 32, 3, padding=1)
+        self.head = nn.Conv2d(32, channels, 1)
+
+    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        h, w = features[0].shape[2:]
+        maps = []
+        for i, x in enumerate(features):
+            if self.readout:
+                x = F.gelu(self.readout[i](x))
+            maps.append(self.reduce[i](self.resize[i](self.project[i](x))))
+        for i in (3, 2, 1, 0):
+            x = maps[3] if i == 3 else x + self.skip[i](maps[i])
+            size = maps[i - 1].shape[2:] if i > 0 else (8 * h, 8 * w)
+            x = F.interpolate(self.fuse[i](x), size, mode="bilinear", align_corners=True)
+            x = self.mix[i](x)
+        x = F.interpolate(self.conv1(x), (self.stride * h, self.stride * w), mode="bilinear", align_corners=True)
+        return [self.head(F.relu(self.conv2(x)))]
 
 
 class Network(nn.Module):
@@ -190,25 +305,39 @@ class PoseNet(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- building by name
 
-def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,),
-          normalize_twice: bool = False) -> nn.Module:
+def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,), normalize_twice: bool = False,
+          dpt_layers: str = "spread") -> nn.Module:
     """A network by name.
 
-    arch: "unet", "flow" or "deeplabv3", encoder: "resnet18" or "resnet50"; channels of the head(s), one for each of
-    `scales` in the U-Net, one at full size elsewhere. normalize_twice: as the authors' release did with ImageNet's
-    weights, images go through ImageNet's mean and deviation before the encoder's own.
+    arch: "unet", "flow" and "deeplabv3" take a ResNet, "dpt" a ViT, "linear" (a linear probe) both; channels of the
+    head(s), one for each of `scales` in the U-Net, one at full size elsewhere.
+    normalize_twice: as the authors' release did with ImageNet's weights, images go through ImageNet's mean and
+    deviation before the encoder's own. dpt_layers: blocks that DPT sees, "spread" over the depth or the "last" four.
     """
-    for kind, name, known in (("encoder", encoder, RESNETS), ("architecture", arch, HEADS)):
+    for kind, name, known in (("encoder", encoder, ENCODERS), ("architecture", arch, HEADS)):
         if name not in known:
             raise InputError(f"unknown {kind} '{name}': choose from {', '.join(known)}")
+    if arch != "linear" and (arch == "dpt") != (encoder in VITS):
+        raise InputError(f"--arch {arch} takes a {'ViT' if arch == 'dpt' else 'ResNet'}, not --encoder {encoder}")
     if arch == "flow":
         model = FlowNet(encoder, scales)
     elif arch == "unet":
         features = ResnetEncoder(encoder)
         model = Network(features, DepthDecoder(features.channels, channels, scales))
-    else:
+    elif arch == "deeplabv3":
         features = ResnetEncoder(encoder, dilated=encoder == "resnet50")
         model = Network(features, LastMapDecoder(features.stride, *DeepLabHead(features.channels[-1], channels)))
+    elif arch == "dpt":
+        patch, blocks, _, width = VITS[encoder]
+        layers = [blocks * i // 4 - 1 for i in (1, 2, 3, 4)] if dpt_layers == "spread" else range(blocks - 4, blocks)
+        if dpt_layers == "spread" and encoder == "vit_l14":
+            layers[0] = 4  # as in Depth Anything v2
+        readout = patch == 16  # DPT-Large has patches of 16 and a readout, Depth Anything 14 and none
+        model = Network(VitEncoder(encoder, tuple(layers), readout), DptDecoder(width, patch, channels, readout))
+    else:
+        features = VitEncoder(encoder, (VITS[encoder][1] - 1,)) if encoder in VITS else ResnetEncoder(encoder)
+        size = features.channels[-1]
+        model = Network(features, LastMapDecoder(features.stride, nn.BatchNorm2d(size), nn.Conv2d(size, channels, 1)))
     model.decoder.heads = HEADS[arch]
     if normalize_twice:  # (x - m) / s of (images - M) / S, in one
         features = model.encoder
@@ -223,7 +352,7 @@ def count(parameters: list[nn.Parameter]) -> int:
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuse what the network asked for cannot take: image sizes, and a batch of one for DeepLabV3."""
-    step = 32  # a pixel of the deepest map
+    step = VITS[args.encoder][0] if args.encoder in VITS else 32  # a pixel of the deepest map
     crop = [("crop", side) for side in vars(args).get("crop") or ()]
     for name, value in (("height", args.height), ("width", args.width), *crop):
         if value % step:
@@ -238,11 +367,13 @@ def read_tensors(path: str) -> dict:
     """A checkpoint file as a dict of tensors and builtins; refused when damaged, or when reading it needs code."""
     try:
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # torch does not compare checksums
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in files of MAE and DINO
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no checkpoint at {path}") from None
     except Exception as error:  # noqa: BLE001  (unpickling errors, truncated files, texts: all the same to a user)
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        held = re.search(r"GLOBAL (\S+)", str(error))  # what to build would mean to run what the file says
+        reason = f"it holds {held[1]}" if held else str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"{path} is not a readable checkpoint of tensors: {reason[:160]}") from None
     if damaged or not isinstance(content, dict):
         raise InputError(f"{path} is damaged" if damaged else f"{path} holds a {type(content).__name__}, not a dict")
@@ -298,10 +429,97 @@ def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, model: nn
 
 # ---------------------------------------------------------------------------------------------- weights from elsewhere
 
+# How others name things, as regular expressions in turn; what becomes "" is dropped.
+RESNET_NAMES = ((r"^", "encoder."),)
+TORCHVISION_VIT_NAMES = (
+    (r"^heads\..*", ""), (r"\.linear_1\.", ".0."), (r"\.linear_2\.", ".3."), (r"^(?=.)", "encoder."))
+VIT_NAMES = (  # of timm, MAE, DINO and what was made with them
+    (r"^(head|fc_norm|pre_logits|mask_token|decoder_).*", ""), (r"^cls_token", "encoder.class_token"),
+    (r"^pos_embed", POSITIONS), (r"^patch_embed\.proj\.", "encoder.conv_proj."), (r"^norm\.", "encoder.encoder.ln."),
+    (r"^blocks\.(\d+)\.", r"encoder.encoder.layers.encoder_layer_\1."), (r"\.norm(\d)\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"), (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.3."))
+DPT_NAMES = (  # of DPT and of Depth Anything
+    (r"^scratch\.refinenet4\.resConfUnit1\..*", ""),  # which nothing uses
+    *((pattern, lambda match, name=name: f"{name}.{int(match[1]) - 1}.") for pattern, name in (
+        (r"^act_postprocess(\d)\.0\.project\.0\.", "readout"), (r"^act_postprocess(\d)\.3\.", "project"),
+        (r"^act_postprocess(\d)\.4\.", "resize"), (r"^scratch\.layer(\d)_rn\.", "reduce"),
+        (r"^scratch\.refinenet(\d)\.resConfUnit1\.", "skip"), (r"^scratch\.refinenet(\d)\.resConfUnit2\.", "fuse"),
+        (r"^scratch\.refinenet(\d)\.out_conv\.", "mix"))),
+    (r"^projects\.", "project."), (r"^resize_layers\.", "resize."), (r"^scratch\.output_conv(1|\.0)\.", "conv1."),
+    (r"^scratch\.output_conv(2\.0|\.2)\.", "conv2."), (r"^scratch\.output_conv(2\.2|\.4)\.", "head."))
+
+ANY = r"((model|state_dict)/|(?!.*/))(module\.)?"  # "outer/inner" are the keys of a dict in a dict
+TEACHER = r"teacher/(module\.)?backbone\."
+FORMATS = (  # name, the key that tells, and for each part the prefix of its keys and their names: the first that fits
+    ("MoCo v2", ANY + r"encoder_q\.conv1\.weight", {"encoder": (ANY + r"encoder_q\.(?!fc)", RESNET_NAMES)}),
+    ("DINO ResNet-50", TEACHER + r"conv1\.weight", {"encoder": (TEACHER, RESNET_NAMES)}),
+    ("DINO ViT", TEACHER + r"cls_token", {"encoder": (TEACHER, VIT_NAMES)}),
+    ("torchvision DeepLabV3 (COCO)", ANY + r"classifier\.0\.convs\.0\.0\.weight",
+     {"encoder": (ANY + r"backbone\.", RESNET_NAMES), "decoder": (ANY + r"classifier\.", ())}),
+    ("DPT", ANY + r"pretrained\.act_postprocess1\.0\.project\.0\.weight",
+     {"encoder": (ANY + r"pretrained\.model\.", VIT_NAMES),
+      "decoder": (ANY + r"(?!pretrained\.model\.)(pretrained\.)?", DPT_NAMES)}),
+    ("Depth Anything", ANY + r"depth_head\.projects\.0\.weight",
+     {"encoder": (ANY + r"pretrained\.", VIT_NAMES), "decoder": (ANY + r"depth_head\.", DPT_NAMES)}),
+    ("torchvision ViT (ImageNet)", ANY + r"conv_proj\.weight", {"encoder": (ANY, TORCHVISION_VIT_NAMES)}),
+    ("DINOv2 ViT", ANY + r"blocks\.0\.ls1\.gamma", {"encoder": (ANY, VIT_NAMES)}),
+    ("timm ViT (ImageNet)", ANY + r"head\.weight", {"encoder": (ANY, VIT_NAMES)}),
+    ("MAE ViT", r"model/patch_embed\.proj\.weight", {"encoder": (ANY, VIT_NAMES)}),
+    ("DINO ViT", ANY + r"patch_embed\.proj\.weight", {"encoder": (ANY, VIT_NAMES)}),
+    ("torchvision ResNet (ImageNet)", ANY + r"fc\.weight", {"encoder": (ANY, RESNET_NAMES)}),
+    ("DINO ResNet-50", ANY + r"layer4\.0\.conv1\.weight", {"encoder": (ANY, RESNET_NAMES)}))
+
+
+def recognise(path: str, content: dict) -> tuple[str, dict[str, dict]]:
+    """The name of a file's format and its parts under our names; raises InputError when it is none of FORMATS."""
+    tensors = {}
+    for key, value in content.items():
+        inner = {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(key): value}
+        tensors |= {k: v for k, v in inner.items() if torch.is_tensor(v)}
+    for name, tell, sources in FORMATS:
+        if any(re.fullmatch(tell, key) for key in tensors):
+            break
+    else:
+        raise InputError(f"{path} is no format known here; its first keys are {list(content)[:4]}")
+    parts = {part: rename(tensors, *source) for part, source in sources.items()}
+    encoder = parts["encoder"]
+    try:
+        for key in [key for key in encoder if key.endswith(".gamma")]:  # LayerScale: g * (W x + b) = (g W) x + g b
+            gamma, block = encoder.pop(key), key.removesuffix(".ls1.gamma").removesuffix(".ls2.gamma")
+            scaled = block + (".self_attention.out_proj." if "ls1" in key else ".mlp.3.")
+            encoder[scaled + "weight"] = gamma[:, None] * encoder[scaled + "weight"]
+            encoder[scaled + "bias"] = gamma * encoder[scaled + "bias"]
+        if name == "DPT":  # it was trained on (image - 0.5) / 0.5; its readout is a linear layer
+            weight = encoder["encoder.conv_proj.weight"]
+            encoder["encoder.conv_proj.bias"] = encoder["encoder.conv_proj.bias"] + (
+                weight * (IMAGENET_MEAN - 0.5) / 0.5).sum((1, 2, 3))
+            encoder["encoder.conv_proj.weight"] = weight * IMAGENET_STD / 0.5
+            parts["decoder"] = {k: v[..., None, None] if k.startswith("readout.") and k.endswith("weight") else v
+                                for k, v in parts["decoder"].items()}
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{path} looks like {name}, but is not whole: {str(error).splitlines()[0]}") from None
+    return name, parts
+
+
+def rename(tensors: dict, prefix: str, names: tuple) -> dict:
+    """Tensors whose keys start with a prefix, which goes, under other names."""
+    renamed = {}
+    for key, value in tensors.items():
+        start = re.match(prefix, key)
+        if start:
+            new = key[start.end():]
+            for pattern, replacement in names:
+                new = re.sub(pattern, replacement, new)
+            renamed[new] = value
+    renamed.pop("", None)
+    return renamed
+
+
 def read_checkpoint(path: str) -> tuple[str, dict, dict]:
     """Recognise a checkpoint by its content.
 
-    path: our `model.pt` (or the run folder that holds it), a Monodepth2 folder, or a torchvision ResNet state dict.
+    path: our `model.pt` (or the run folder that holds it), a Monodepth2 folder, or a file of one of FORMATS.
     Returns (format, parts, options): parts maps "encoder", "decoder", "pose_encoder", "pose" to state dicts.
     """
     if os.path.isdir(path):
@@ -327,21 +545,22 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
             if not isinstance(part, dict) or (name != "options" and not all(map(torch.is_tensor, part.values()))):
                 raise InputError(f"{path}: {name} is no dict of what it should hold")
         return "depth2seg", {k: v for k, v in content.items() if k != "options"}, content["options"]
-    if "conv1.weight" in content and "layer4.0.conv1.weight" in content:
-        return "torchvision ResNet", {"encoder": {f"encoder.{key}": value for key, value in content.items()}}, {}
-    raise InputError(f"{path} is no format known here; its first keys are {list(content)[:4]}")
+    return *recognise(path, content), {}
 
 
 def imagenet_checkpoint(encoder: str) -> tuple[str, dict, dict]:
     """ImageNet weights through torchvision; without network, says which file to put where."""
-    weights = torchvision.models.get_model_weights(encoder).IMAGENET1K_V1
+    name = re.sub(r"(vit_.)", r"\1_", encoder)  # vit_b16 is vit_b_16 there
+    if name not in torchvision.models.list_models():
+        raise InputError(f"torchvision has no ImageNet weights of {encoder}: give --init a file of timm's, say")
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
         state = weights.get_state_dict(check_hash=True, progress=False)
     except Exception as error:  # noqa: BLE001  (every way a download can fail)
         target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
         raise InputError(f"ImageNet weights of {encoder} could not be downloaded ({type(error).__name__}): "
                          f"put {os.path.basename(weights.url)} at {target}, or train with --init none") from None
-    return "torchvision ResNet (ImageNet)", {"encoder": {f"encoder.{k}": v for k, v in state.items()}}, {}
+    return *recognise(weights.url, state), {}
 
 
 def is_head(module: nn.Module, key: str) -> bool:
@@ -358,6 +577,9 @@ def fit(module: nn.Module, state: dict, name: str, path: str, keep_head: bool = 
     if not keep_head:
         state = {key: value for key, value in state.items() if not is_head(module, key)}
     state = {key: value for key, value in state.items() if not key.startswith("encoder.fc.")}
+    if POSITIONS in own and POSITIONS in state:  # of any grid, which `adopt_positions` makes room for
+        side = math.isqrt(max(0, state[POSITIONS].shape[1] - 1)) if state[POSITIONS].dim() == 3 else 0
+        own[POSITIONS] = own[POSITIONS].new_empty(1, side ** 2 + 1, own[POSITIONS].shape[2])
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     problems = [f"{k} is {tuple(own[k].shape)} here, {tuple(state[k].shape) if k in state else 'absent'} there"
                 for k in own if k not in fitting and not is_head(module, k)]
@@ -391,7 +613,7 @@ def load_weights(model: nn.Module, path: str, task: str, parts: str = "all", pos
             taken.append(fit(model.decoder, state["decoder"], "decoder", path, keep_head=same_task))
         except InputError as error:
             raise InputError(f"{error} (--init_parts encoder takes the encoder alone)") from None
-    elif parts == "all" and not source.startswith("torchvision"):
+    elif parts == "all" and source in ("depth2seg", "Monodepth2 folder"):
         raise InputError(f"{path} has no decoder: pass --init_parts encoder")
     else:
         taken.append("decoder fresh")
@@ -416,7 +638,8 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
     if not heads:
         raise InputError(f"{path}: its decoder is none of the architecture '{arch}'")
     channels = parts["decoder"][heads[0]].shape[0]
-    model = build(arch, options["encoder"], channels, tuple(range(len(heads))), options.get("normalize_twice", False))
+    settings = {key: options[key] for key in ("normalize_twice", "dpt_layers") if key in options}
+    model = build(arch, options["encoder"], channels, tuple(range(len(heads))), **settings)
     for part in ("encoder", "decoder"):
         if ": " in fit(getattr(model, part), parts[part], part, path):
             raise InputError(f"{path}: the {part}'s head does not fit its options")

@@ -51,9 +51,11 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--max_depth", type=within(float, 1e-6),
                        help="of the network's range (default: 100; stereo 540 metres, depth 100 metres)")
     group = parser.add_argument_group("network")
-    group.add_argument("--arch", choices=("unet", "deeplabv3"), default="unet",
-                       help="paper: unet; deeplabv3 for Table 5, with one output scale")
-    group.add_argument("--encoder", choices=tuple(networks.RESNETS), default="resnet18")
+    group.add_argument("--arch", choices=("unet", "deeplabv3", "dpt"), default="unet",
+                       help="paper: unet, with four output scales; deeplabv3 for Table 5; dpt for a ViT")
+    group.add_argument("--encoder", choices=networks.ENCODERS, default="resnet18", metavar="NAME",
+                       help=f"one of {', '.join(networks.ENCODERS)}: size and patch of a ViT")
+    group.add_argument("--dpt_layers", choices=("spread", "last"), default="spread", help=networks.DPT_LAYERS_HELP)
     group.add_argument("--init", default="none",
                        help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
     group.add_argument("--init_parts", choices=("encoder", "all"), default="all",
@@ -189,7 +191,8 @@ def main() -> int:
     # model
     torch.manual_seed(args.seed)
     channels = {"depth": 1, "flow": 2, "reconstruction": 3}[args.task]
-    model = networks.build("flow" if args.task == "flow" else args.arch, args.encoder, channels, scales=(0, 1, 2, 3))
+    arch = "flow" if args.task == "flow" else args.arch
+    model = networks.build(arch, args.encoder, channels, scales=(0, 1, 2, 3), dpt_layers=args.dpt_layers)
     pose = networks.PoseNet("resnet18") if args.task == "depth" and "mono" in args.supervision else None
     taken = "random weights"
     if args.init != "none":
@@ -220,8 +223,8 @@ def main() -> int:
     if args.task == "depth" and args.supervision == "mono":
         print("monocular video fixes depth up to one unknown scale: it has no metres")
 
-    kept = ("task", "supervision", "depth_loss", "arch", "encoder", "init", "height", "width", "crop", "min_depth",
-            "max_depth", "data", "seed")
+    kept = ("task", "supervision", "depth_loss", "arch", "encoder", "dpt_layers", "init", "height", "width", "crop",
+            "min_depth", "max_depth", "data", "seed")
     options = {key: getattr(args, key) for key in kept}
     metric = "stereo" in args.supervision or (args.supervision == "depth" and args.depth_loss != "affine")
     options["metric"] = metric

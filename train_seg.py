@@ -44,9 +44,12 @@ def parse_options() -> argparse.Namespace:
                        help="evaluate images resized to --height and --width, or at their own size through overlapping "
                             "windows of the size trained on")
     group = parser.add_argument_group("network")
-    group.add_argument("--arch", choices=("unet", "deeplabv3"), default="unet",
-                       help="unet: the depth network with its last layer replaced; deeplabv3: torchvision's")
-    group.add_argument("--encoder", choices=tuple(networks.RESNETS), default="resnet18")
+    group.add_argument("--arch", choices=("unet", "deeplabv3", "dpt", "linear"), default="unet",
+                       help="unet: the depth network with its last layer replaced; deeplabv3: torchvision's; dpt: of a "
+                            "ViT; linear: a probe of the frozen encoder, batch norm and a 1x1 convolution")
+    group.add_argument("--encoder", choices=networks.ENCODERS, default="resnet18", metavar="NAME",
+                       help=f"one of {', '.join(networks.ENCODERS)}: size and patch of a ViT")
+    group.add_argument("--dpt_layers", choices=("spread", "last"), default="spread", help=networks.DPT_LAYERS_HELP)
     group.add_argument("--init", default="none",
                        help="none, imagenet, or a checkpoint (model.pt, run folder, Monodepth2 folder, ...)")
     group.add_argument("--init_parts", choices=("encoder", "all"), default="all",
@@ -74,6 +77,7 @@ def parse_options() -> argparse.Namespace:
     init = args.init
     if init not in ("none", "imagenet"):
         init = os.path.basename(os.path.normpath(init).removesuffix("/model.pt"))
+    args.freeze_encoder |= args.arch == "linear"
     if args.freeze_encoder and args.freeze_batch_norm_only:
         raise InputError("--freeze_encoder and --freeze_batch_norm_only: choose one")
     tuned = "frozen" if args.freeze_encoder else "frozenbn" if args.freeze_batch_norm_only else "all"
@@ -148,7 +152,8 @@ def main() -> int:
 
     # model
     torch.manual_seed(args.seed)
-    model = networks.build(args.arch, args.encoder, len(train_set.classes), normalize_twice=args.normalize_twice)
+    model = networks.build(args.arch, args.encoder, len(train_set.classes), normalize_twice=args.normalize_twice,
+                           dpt_layers=args.dpt_layers)
     taken = "random weights"
     if args.init != "none":
         taken = networks.load_weights(model, args.init, "segmentation", args.init_parts)
@@ -178,7 +183,7 @@ def main() -> int:
 
     options = {"task": "segmentation", "arch": args.arch, "encoder": args.encoder, "height": args.height,
                "width": args.width, "crop": args.crop, "eval_mode": args.eval_mode,
-               "normalize_twice": args.normalize_twice, "data": args.data,
+               "normalize_twice": args.normalize_twice, "dpt_layers": args.dpt_layers, "data": args.data,
                "classes": list(train_set.classes),
                "colours": [list(colour) for colour in train_set.colours]}
 
