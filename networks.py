@@ -611,6 +611,8 @@ def load_weights(model: nn.Module, path: str, task: str, parts: str = "all", pos
         try:
             same_task = options.get("task") == task
             taken.append(fit(model.decoder, state["decoder"], "decoder", path, keep_head=same_task))
+            if source == "Depth Anything":  # v1 and v2 are alike
+                taken[-1] += " (should it be v1: --dpt_layers last)"
         except InputError as error:
             raise InputError(f"{error} (--init_parts encoder takes the encoder alone)") from None
     elif parts == "all" and source in ("depth2seg", "Monodepth2 folder"):

@@ -1646,16 +1646,206 @@ def test_tables_of_real_runs(capsys, log_dir, fine_tuned):
 
 # ------------------------------------------------------------------------------------ architectures
 
-def test_torchvision_deeplab():
-    """The same outputs as torchvision's model with the same weights."""
-    torch.manual_seed(0)
-    source = torchvision.models.segmentation.deeplabv3_resnet50(None, num_classes=21, weights_backbone=None).eval()
-    model = networks.build("deeplabv3", "resnet50", 21).eval()
-    model.encoder.encoder.load_state_dict(source.backbone.state_dict())
-    model.decoder.load_state_dict(source.classifier.state_dict())
-    images = smooth_images(1, 64, 96)
+@pytest.fixture
+def small_vits(monkeypatch):
+    """Four blocks instead of twelve."""
+    for patch in (14, 16):
+        monkeypatch.setitem(networks.VITS, f"vit_s{patch}", (patch, 4, 6, 384))
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Parameters whose outputs neither vanish nor hide behind a normalisation, LayerScale's and biases too."""
+    generator = torch.Generator().manual_seed(0)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        draw = torch.randn(value.shape, generator=generator)
+        if value.dim() < 2:
+            value.data.copy_(draw.mul(0.1).add(0 if name.endswith("bias") else 1) if value.dim() else value)
+        else:
+            value.data.copy_(draw * (0.3 if "pos" in name else (1.3 / value[0].numel()) ** 0.5))
+    for name, value in model.named_buffers():
+        if name.endswith("running_var"):
+            value.abs_()
+    return model.eval()
+
+
+def normalised(images: torch.Tensor, encoder: torch.nn.Module) -> torch.Tensor:
+    """What a model of another project has to be fed with."""
+    return (images - encoder.mean) / encoder.std
+
+
+RESNET_FILES = {  # how a file names what it holds: format, and the content for a classifier's state dict
+    "torchvision ResNet (ImageNet)": lambda state: state,
+    "DINO ResNet-50": lambda state: {k: v for k, v in state.items() if not k.startswith("fc.")},
+    "MoCo v2": lambda state: {"epoch": 800, "arch": "resnet50", "optimizer": {"state": {}}, "state_dict": {
+        "module.queue": torch.zeros(128, 8), **{f"module.encoder_k.{k}": 0 * v for k, v in state.items()},
+        "module.encoder_q.fc.2.bias": torch.zeros(128), **{f"module.encoder_q.{k}": v for k, v in state.items()}}},
+    "DINO ResNet-50, whole": lambda state: {
+        "args": argparse.Namespace(arch="resnet50", lr=0.03), "epoch": 800,
+        "student": {f"module.backbone.{k}": 0 * v for k, v in state.items()},
+        "teacher": {"module.head.mlp.0.weight": torch.zeros(4, 4), "module.head.last_layer.weight_v": torch.zeros(4, 4),
+                    **{f"module.backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}}},
+}
+
+
+@pytest.mark.parametrize("kind", RESNET_FILES)
+def test_resnet_files(tmp_path, kind):
+    source = randomise(torchvision.models.resnet18())
+    path = save_checkpoint(tmp_path, RESNET_FILES[kind](source.state_dict()))
+    model, images = networks.build("deeplabv3", "resnet18", 3).eval(), smooth_images(1, 64, 96)
+    message = networks.load_weights(model, path, "segmentation")
+    assert message == f"{kind.removesuffix(', whole')}: encoder 120/120, decoder fresh"
+    assert train_seg.name_pretraining(path) == kind.removesuffix(", whole")
     with torch.no_grad():
-        assert_close(model(images)[0], source((images - 0.45) / 0.225)["out"], 1e-4, 1e-5)
+        expected = torch.nn.Sequential(*list(source.children())[:-2])(normalised(images, model.encoder))
+        assert_close(model.encoder(images)[-1], expected, 1e-4, 1e-4)
+
+
+def test_torchvision_deeplab(tmp_path):
+    """Encoder and decoder of the COCO file, all but the last layer; with that as well, torchvision's outputs."""
+    source = randomise(torchvision.models.segmentation.deeplabv3_resnet50(
+        weights=None, num_classes=21, weights_backbone=None, aux_loss=True))
+    path = save_checkpoint(tmp_path, source.state_dict())
+    model, images = networks.build("deeplabv3", "resnet50", 21).eval(), smooth_images(1, 64, 96)
+    message = networks.load_weights(model, path, "segmentation")
+    assert message.startswith("torchvision DeepLabV3 (COCO): encoder 318/318, decoder ") and "head replaced" in message
+    model.decoder[4].load_state_dict(source.classifier[4].state_dict())
+    with torch.no_grad():
+        assert_close(model(images)[0], source(normalised(images, model.encoder))["out"], 1e-4, 1e-4)
+    with pytest.raises(utils.InputError, match="--init_parts encoder"):
+        networks.load_weights(networks.build("unet", "resnet50", 19), path, "segmentation")
+
+
+def timm_vit(patch: int, **options) -> torch.nn.Module:
+    import timm
+    name = {14: "vit_small_patch14_dinov2", 16: "vit_small_patch16_224"}[patch]
+    return randomise(timm.create_model(name, depth=4, img_size=8 * patch, dynamic_img_size=True, **options))
+
+
+VIT_FILES = {  # format: patch, options of timm's model, and the content for its state dict
+    "timm ViT (ImageNet)": (16, {}, lambda state: state),
+    "DINOv2 ViT": (14, {}, lambda state: {**state, "mask_token": torch.zeros(1, 384)}),
+    "MAE ViT": (16, {"num_classes": 0}, lambda state: {
+        "model": {**state, "mask_token": torch.zeros(1, 1, 512), "decoder_embed.weight": torch.zeros(512, 384)},
+        "args": argparse.Namespace(model="mae_vit_base_patch16", lr=1e-3), "epoch": 800}),
+    "DINO ViT": (16, {"num_classes": 0}, lambda state: state),
+    "DINO ViT, whole": (16, {"num_classes": 0}, lambda state: {
+        "args": argparse.Namespace(arch="vit_small", output_dir="."), "student": {}, "epoch": 100,
+        "teacher": {"head.last_layer.weight_g": torch.ones(4, 1), **{f"backbone.{k}": v for k, v in state.items()}}}),
+}
+
+
+@pytest.mark.parametrize("kind", VIT_FILES)
+def test_vit_files(tmp_path, small_vits, kind):
+    """timm's patch tokens at the size that the position embeddings have and at two others; LayerScale is folded."""
+    patch, options, content = VIT_FILES[kind]
+    source = timm_vit(patch, **options)
+    path = save_checkpoint(tmp_path, content(source.state_dict()))
+    model = networks.build("linear", f"vit_s{patch}", 3).eval()
+    message = networks.load_weights(model, path, "segmentation")
+    assert message.startswith(kind.removesuffix(", whole") + ": encoder 54/54")
+    for h, w in ((8, 8), (5, 9), (12, 10)):
+        images = smooth_images(2, 4 * h, 4 * w)
+        images = F.interpolate(images, (patch * h, patch * w))
+        with torch.no_grad():
+            expected = source.forward_features(normalised(images, model.encoder))[:, 1:].transpose(1, 2)
+            assert_close(model.encoder(images)[0].flatten(2), expected, 1e-4, 1e-4)
+            assert model(images)[0].shape == (2, 3, patch * h, patch * w)
+
+
+@pytest.mark.parametrize("legacy", (False, True))
+def test_torchvision_vit(tmp_path, small_vits, legacy):
+    """As torchvision names its layers now, and as the published files name them."""
+    source = randomise(torchvision.models.VisionTransformer(128, 16, 4, 6, 384, 4 * 384))
+    state = source.state_dict()
+    if legacy:
+        state = {k.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): v
+                 for k, v in state.items()}
+    model, images = networks.build("linear", "vit_s16", 3).eval(), F.interpolate(smooth_images(1, 32, 32), (128, 128))
+    message = networks.load_weights(model, save_checkpoint(tmp_path, state), "segmentation")
+    assert message == "torchvision ViT (ImageNet): encoder 54/54, decoder fresh"
+    with torch.no_grad():
+        x = source._process_input(normalised(images, model.encoder))
+        expected = source.encoder(torch.cat([source.class_token, x], 1))[:, 1:]
+        assert_close(model.encoder(images)[0].flatten(2), expected.transpose(1, 2), 1e-4, 1e-4)
+
+
+def published_dpt(maps: list[torch.Tensor], tensors: dict, patch: int) -> torch.Tensor:
+    """Depth of DPT-Large (16) or Depth Anything (14) from the maps of four blocks, by the keys of their files."""
+    def conv(x, name, **options):
+        return F.conv2d(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), **options)
+
+    def up(x, name, by):
+        return F.conv_transpose2d(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"], stride=by)
+
+    def unit(x, name):
+        return x + conv(F.relu(conv(F.relu(x), f"{name}.conv1", padding=1)), f"{name}.conv2", padding=1)
+
+    head = "depth_head." if patch == 14 else ""
+    for n, x in enumerate(maps):
+        names = (f"{head}projects.{n}", f"{head}resize_layers.{n}")
+        if patch == 16:
+            names = (f"pretrained.act_postprocess{n + 1}.3", f"pretrained.act_postprocess{n + 1}.4")
+        x = conv(x, names[0])
+        x = up(x, names[1], 4 >> n) if n < 2 else conv(x, names[1], stride=2, padding=1) if n == 3 else x
+        maps[n] = conv(x, f"{head}scratch.layer{n + 1}_rn", padding=1)
+    x = None
+    for n in (4, 3, 2, 1):
+        name = f"{head}scratch.refinenet{n}"
+        x = maps[3] if x is None else x + unit(maps[n - 1], f"{name}.resConfUnit1")
+        size = maps[n - 2].shape[2:] if n > 1 else [2 * side for side in maps[0].shape[2:]]
+        x = F.interpolate(unit(x, f"{name}.resConfUnit2"), size, mode="bilinear", align_corners=True)
+        x = conv(x, f"{name}.out_conv")
+    names = [f"{head}scratch.output_conv{i}" for i in (("1", "2.0", "2.2") if patch == 14 else (".0", ".2", ".4"))]
+    x = conv(x, names[0], padding=1)
+    x = F.interpolate(x, [patch * side // 8 for side in x.shape[2:]], mode="bilinear", align_corners=True)
+    return conv(F.relu(conv(x, names[1], padding=1)), names[2])
+
+
+@pytest.mark.parametrize("patch", (14, 16))
+def test_dpt_files(tmp_path, small_vits, patch):
+    """DPT-Large (readout, blocks before the last norm, (x - 0.5) / 0.5) and Depth Anything (none, after it), small."""
+    vit, images = timm_vit(patch), F.interpolate(smooth_images(2, 24, 40), (6 * patch, 10 * patch))
+    names = {"project": "projects", "resize": "resize_layers", "skip": "resConfUnit1", "fuse": "resConfUnit2",
+             "mix": "out_conv", "conv1": "scratch.output_conv1", "conv2": "scratch.output_conv2.0",
+             "head": "scratch.output_conv2.2"}
+    if patch == 16:
+        names |= {"conv1": "scratch.output_conv.0", "conv2": "scratch.output_conv.2", "head": "scratch.output_conv.4"}
+    tensors = {}
+    for key, value in randomise(networks.build("dpt", f"vit_s{patch}", 1).decoder).state_dict().items():
+        part, *middle, last = key.split(".")
+        n = int(middle[0]) + 1 if middle and middle[0].isdigit() else 0
+        if part in ("skip", "fuse", "mix"):
+            key = ".".join([f"scratch.refinenet{n}", names[part], *middle[1:], last])
+        elif part == "reduce":
+            key = f"scratch.layer{n}_rn.{last}"
+        elif patch == 16 and n:
+            slot = {"readout": "0.project.0", "project": "3", "resize": "4"}[part]
+            key = f"pretrained.act_postprocess{n}.{slot}.{last}"
+            value = value.flatten(1) if part == "readout" and last == "weight" else value
+        else:
+            key = ".".join([names[part], *middle, last])
+        tensors["depth_head." * (patch == 14) + key] = value
+    unused = "depth_head." * (patch == 14) + "scratch.refinenet4.resConfUnit1.conv1.bias"
+    tensors |= {("pretrained." if patch == 14 else "pretrained.model.") + k: v for k, v in vit.state_dict().items()}
+    path = save_checkpoint(tmp_path, {**tensors, unused: torch.zeros(64)})
+
+    model = networks.build("dpt", f"vit_s{patch}", 1).eval()
+    message = networks.load_weights(model, path, "depth")
+    total = len(model.decoder.state_dict())
+    kind = "DPT" if patch == 16 else "Depth Anything"
+    assert message.startswith(f"{kind}: encoder 54/54, decoder {total - 2}/{total}")
+    head = {14: "depth_head.scratch.output_conv2.2", 16: "scratch.output_conv.4"}[patch]
+    model.decoder.head.load_state_dict({kind: tensors[f"{head}.{kind}"] for kind in ("weight", "bias")})
+    with torch.no_grad():
+        x = normalised(images, model.encoder) if patch == 14 else (images - 0.5) / 0.5
+        pairs = vit.forward_intermediates(x, [0, 1, 2, 3], return_prefix_tokens=True, norm=patch == 14,
+                                          intermediates_only=True)
+        maps = [tokens for tokens, _ in pairs]
+        if patch == 16:
+            both = [torch.cat([m, c[:, 0, :, None, None].expand_as(m)], 1).movedim(1, 3) for m, c in pairs]
+            maps = [F.gelu(F.linear(x, *(tensors[f"pretrained.act_postprocess{n}.0.project.0.{kind}"]
+                                         for kind in ("weight", "bias")))).movedim(3, 1) for n, x in enumerate(both, 1)]
+        assert_close(model(images)[0], published_dpt(maps, tensors, patch), 1e-4, 1e-4)
 
 
 def test_normalize_twice():
