@@ -2,6 +2,7 @@
 
     python datasets.py render --data_path data/synthetic          # write the embedded default, in KITTI's own layout
     python datasets.py check --data camvid --labels --output contact.png      # walk a data set before a run
+    python datasets.py pack --data kitti --frame_ids 0 -1 1 s --output cache   # decode and resize once, for --cache
 
 Clips (pre-training): {"frames": (F, 3, H, W) uint8, target first, "K": (3, 3), "stereo_T"?: (4, 4), "depth"?: (1, H, W)
 metres, 0 = no measurement, "index"}. Labelled images: {"image": (3, H, W) uint8, "label": (H, W) int64 train ids,
@@ -10,6 +11,8 @@ metres, 0 = no measurement, "index"}. Labelled images: {"image": (3, H, W) uint8
 """
 
 import argparse
+import fcntl
+import functools
 import json
 import math
 import os
@@ -17,9 +20,11 @@ import re
 import shutil
 import signal
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import pairwise, product
 from multiprocessing import get_context
@@ -34,7 +39,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from utils import SIGNALS, InputError, Parser, Run, run_main, within
+from utils import SIGNALS, InputError, Parser, Run, run_main, save_json, within, write_atomically
 
 IGNORE = 255
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -387,8 +392,7 @@ class Clips(Dataset):
     dropped = ""  # what was left out at the start and why, for the log
 
     def __init__(self, samples: list[dict], height: int, width: int, augment: bool = False,
-                 crop: tuple[int, int] | None = None, with_depth: bool = False, cache: bool = False,
-                 min_motion: float = 0):
+                 crop: tuple[int, int] | None = None, with_depth: bool = False, min_motion: float = 0):
         moving = [s for s in samples if motion(s["images"]) >= min_motion] if min_motion > 0 else samples
         if len(moving) < len(samples):
             self.dropped += ", " * bool(self.dropped) + f"{len(samples) - len(moving)} near-static"
@@ -398,7 +402,6 @@ class Clips(Dataset):
         check_crop(crop, height, width)
         self.samples, self.size, self.augment, self.crop = samples, (height, width), augment, crop
         self.with_depth = with_depth
-        self.cached = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -407,40 +410,42 @@ class Clips(Dataset):
         """Native-size depth (h, w) in metres, 0 = no measurement, of a sample's "depth" entry."""
         raise NotImplementedError
 
+    def depth_files(self, depth: object) -> list[str]:
+        """The files that `depth_map` reads."""
+        return [depth[0] if isinstance(depth, tuple) else depth]
+
     def load(self, path: str) -> tuple[torch.Tensor, tuple[int, int]]:
         """Resized image (3, H, W) uint8 and its native (height, width)."""
-        if self.cached is not None and path in self.cached:
-            return self.cached[path]
         image = read_image(path)
-        entry = resize(image, list(self.size), antialias=True), tuple(image.shape[1:])
-        if self.cached is not None:
-            self.cached[path] = entry
-        return entry
+        return resize(image, list(self.size), antialias=True), tuple(image.shape[1:])
 
     def load_depth(self, depth: object) -> torch.Tensor:
-        key = ("depth", str(depth))
-        if self.cached is not None and key in self.cached:
-            return self.cached[key]
+        """Resized depth (1, H, W) in metres."""
         measured = self.depth_map(depth)
         if not (measured > 0).any():
             raise InputError(f"{depth}: no pixel is measured")
-        resized = torch.from_numpy(resize_depth(measured, *self.size))[None]
-        if self.cached is not None:
-            self.cached[key] = resized
-        return resized
+        return torch.from_numpy(resize_depth(measured, *self.size))[None]
+
+    def resized_intrinsics(self, record: dict, sizes: list[tuple[int, int]]) -> np.ndarray:
+        """K (3, 3) of a sample at this data set's size, from the native sizes of its images."""
+        check_geometry(record, sizes)
+        return resize_intrinsics(record["K"], sizes[0], self.size)
+
+    def read(self, index: int) -> dict:
+        """A sample, before augmentation."""
+        record = self.samples[index]
+        images, sizes = zip(*[self.load(path) for path in record["images"]])
+        K = torch.from_numpy(self.resized_intrinsics(record, sizes)).float()
+        sample = {"frames": torch.stack(images), "K": K, "index": index}
+        if record["baseline"] is not None:
+            sample["stereo_T"] = translation_x(record["baseline"])
+        if self.with_depth:
+            sample["depth"] = self.load_depth(record["depth"])
+        return sample
 
     def __getitem__(self, item: int | tuple[int, tuple[int, int]]) -> dict:
         index, draw = item if isinstance(item, tuple) else (item, (0, 0))
-        record = self.samples[index]
-        images, sizes = zip(*[self.load(path) for path in record["images"]])
-        check_geometry(record, sizes)
-        K = resize_intrinsics(record["K"], sizes[0], self.size)
-        sample = {"frames": torch.stack(images), "K": torch.from_numpy(K).float(), "index": index}
-        if record["baseline"] is not None:
-            sample["stereo_T"] = torch.eye(4)
-            sample["stereo_T"][0, 3] = record["baseline"]
-        if self.with_depth:
-            sample["depth"] = self.load_depth(record["depth"])
+        sample = self.read(index)
         return crop_and_flip(sample, self.crop, np.random.default_rng(draw)) if self.augment else sample
 
 
@@ -462,6 +467,13 @@ class Clips(Dataset):
             attempt(check_geometry, record, [size for _, size in thumbnails])
             row |= {"size": thumbnails[0][1], "K": tuple(record["K"].flat), "motion": motion(record["images"])}
         return row
+
+
+def translation_x(x: float) -> torch.Tensor:
+    """The pose (4, 4) of a camera beside another."""
+    T = torch.eye(4)
+    T[0, 3] = x
+    return T
 
 
 def check_geometry(record: dict, sizes: list[tuple[int, int]]) -> None:
@@ -515,7 +527,8 @@ class KittiRaw(Clips):
     def __init__(self, root: str, frame_ids: list[str], split: str | None = "train", drives: list[str] | None = None,
                  frames: tuple[int | None, int | None] = (None, None), cameras: str = "lr", with_depth: bool = False,
                  **options):
-        self.root, self.name, self.calibrations, self.listings = root, f"kitti at {root}", {}, {}
+        self.root, self.name = root, f"kitti at {root}"
+        self.calibrations, self.cameras, self.listings = {}, {}, {}
         offsets = [int(f) for f in frame_ids if f != "s"]
         samples, lonely, blind = [], 0, 0
         for folder, number, side in self._targets(split, drives, frames, cameras):
@@ -529,9 +542,8 @@ class KittiRaw(Clips):
             elif with_depth and depth is None:
                 blind += 1
             else:
-                K, baseline = self._camera(folder, side)
-                samples.append({"images": paths, "K": K, "depth": depth,
-                                "K_from": os.path.join(root, folder[:10], "calib_cam_to_cam.txt"),
+                K, baseline, file = self.camera(folder[:10], side)
+                samples.append({"images": paths, "K": K, "depth": depth, "K_from": file,
                                 "baseline": baseline if "s" in frame_ids else None})
         self.dropped = ", ".join(f"{count} without {what}" for count, what in
                                  ((lonely, "all their source frames"), (blind, "LiDAR")) if count)
@@ -597,11 +609,14 @@ class KittiRaw(Clips):
             self.calibrations[date] = {"P": P, "shape": shape, "rectify": rectify}
         return self.calibrations[date]
 
-    def _camera(self, folder: str, side: str) -> tuple[np.ndarray, float]:
-        """K (3x3, native pixels) and the x translation in metres that takes this camera's points to the other's."""
-        P = self.calibration(folder[:10])["P"]
-        offset = {s: P[s][0, 3] / P[s][0, 0] for s in "lr"}
-        return P[side][:, :3].copy(), float(offset[OTHER[side]] - offset[side])
+    def camera(self, date: str, side: str) -> tuple[np.ndarray, float, str]:
+        """K (3x3, native pixels), the metres along x that take this camera's points to the other's, and their file."""
+        if (date, side) not in self.cameras:
+            P = self.calibration(date)["P"]
+            offset = {s: P[s][0, 3] / P[s][0, 0] for s in "lr"}
+            file = os.path.join(self.root, date, "calib_cam_to_cam.txt")
+            self.cameras[date, side] = P[side][:, :3], float(offset[OTHER[side]] - offset[side]), file
+        return self.cameras[date, side]
 
     def _depth_source(self, folder: str, number: int, side: str) -> tuple | None:
         """LiDAR of a frame for `depth_map`: a depth PNG where there is one, else the raw points, as camera z."""
@@ -616,6 +631,11 @@ class KittiRaw(Clips):
     def velodyne_file(self, folder: str, number: int) -> str | None:
         path = os.path.join(self.root, folder, "velodyne_points", "data", f"{number:010d}.bin")
         return path if os.path.isfile(path) else None
+
+    def depth_files(self, depth: tuple) -> list[str]:
+        calibration = [os.path.join(self.root, depth[2][:10], f"calib_{pair}.txt") for pair in
+                       ("cam_to_cam", "velo_to_cam")] if depth[0] == "velodyne" else []
+        return [depth[1], *calibration]
 
     def depth_map(self, depth: tuple) -> np.ndarray:
         if depth[0] == "png":
@@ -658,7 +678,7 @@ class Frames(Clips):
 
     def __init__(self, root: str, frame_ids: list[str], drives: list[str] | None = None, frames: tuple = (None, None),
                  fov: float | None = None, depth_scale: float = 1000.0, with_depth: bool = False, **options):
-        self.name, self.depth_scale = f"frames at {root}", depth_scale
+        self.root, self.name, self.depth_scale = root, f"frames at {root}", depth_scale
         if "s" in frame_ids:
             raise InputError("--supervision stereo needs a stereo data set; own frames are monocular")
         if os.path.isfile(root):
@@ -800,6 +820,220 @@ class CamVidClips(Frames):
 
     def __init__(self, root: str, *args, **options):
         super().__init__(os.path.join(root, "val"), *args, **options)
+
+
+# ---------------------------------------------------------------------------------------------- the packed cache
+#
+# CACHE/640x192/ holds frames of any data set at that size: frames.bin, rows of (3, H, W) uint8, and depth.bin, rows of
+# (1, H, W) float32 metres, which all workers and ranks map into memory and share. sources.json says which row shows
+# which file in which state. Rows are only ever appended, and count once sources.json is renamed into place: what other
+# processes read never changes, and an interruption costs a minute's work. clips_*.npy, which `datasets.py pack` writes,
+# are samples to be read without the files that they were made of, however many.
+
+ROWS = {"frames": (3, np.dtype(np.uint8)), "depth": (1, np.dtype(np.float32))}  # channels and type
+
+
+def row_bytes(kind: str, size: tuple[int, int]) -> int:
+    return ROWS[kind][0] * ROWS[kind][1].itemsize * math.prod(size)
+
+
+def map_rows(folder: str, kind: str, size: tuple[int, int]) -> np.ndarray:
+    """frames.bin as (N, 3, H, W) or depth.bin as (N, 1, H, W): mapped, not read."""
+    path, (channels, dtype) = os.path.join(folder, f"{kind}.bin"), ROWS[kind]
+    count = os.path.getsize(path) // row_bytes(kind, size) if os.path.exists(path) else 0
+    shape = count, channels, *size
+    return np.memmap(path, dtype, "r", shape=shape) if count else np.zeros(shape, dtype)
+
+
+def file_state(path: str) -> str:
+    """Size and time of the last change, by which a packed row knows its file."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def read_sources(folder: str, size: tuple[int, int]) -> dict[str, dict[str, list]]:
+    """sources.json: of each kind of rows, absolute path -> [state, row, native height and width].
+
+    Of a file that could not be read [state, -1, why].
+    """
+    path, sources = os.path.join(folder, "sources.json"), {kind: {} for kind in ROWS}
+    if not os.path.exists(path):
+        return sources
+    try:
+        with open(path) as file:
+            sources = json.load(file)
+        whole = all(next_row(sources[kind]) <= len(map_rows(folder, kind, size)) for kind in ROWS)
+    except (OSError, ValueError, LookupError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{folder} is damaged: delete it, and it will be packed again")
+    return sources
+
+
+def next_row(entries: dict[str, list]) -> int:
+    return 1 + max((entry[1] for entry in entries.values()), default=-1)
+
+
+def append_rows(dataset: Clips, folder: str, sources: dict, missing: dict[str, dict[str, tuple]]) -> None:
+    """Pack what is missing, of each kind key -> (state, what the data set loads), and enter it into `sources`."""
+    size = dataset.size
+    need = sum(len(items) * row_bytes(kind, size) for kind, items in missing.items())
+    free = shutil.disk_usage(folder).free
+    print(f"packing {len(missing['frames'])} frames and {len(missing['depth'])} depth maps into {folder}: "
+          f"{need / 1e9:.2f} GB of the {free / 1e9:.1f} GB that are free")
+    if need > free:
+        raise InputError(f"{folder}: packing needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+    load = {"frames": dataset.load, "depth": lambda depth: (dataset.load_depth(depth), ())}
+
+    def attempt(kind: str, item: object) -> tuple:
+        try:
+            return load[kind](item)
+        except InputError as error:  # the training decides (--on_bad_sample) when it comes to it
+            return None, (str(error),)
+
+    saved = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=sum(map(len, missing.values())), disable=None) as bar:
+        for kind, items in missing.items():
+            row = next_row(sources[kind])
+            with open(os.path.join(folder, f"{kind}.bin"), "ab") as file:
+                file.truncate(row * row_bytes(kind, size))  # an interruption may have left more
+                keys = list(items)
+                for start in range(0, len(keys), 64):
+                    some = keys[start:start + 64]
+                    results = pool.map(functools.partial(attempt, kind), [items[key][1] for key in some])
+                    for key, (pixels, note) in zip(some, results):
+                        sources[kind][key] = [items[key][0], -1 if pixels is None else row, *note]
+                        if pixels is not None:
+                            file.write(pixels.numpy().tobytes())
+                            row += 1
+                        bar.update()
+                    if time.monotonic() > saved + 60 or start + 64 >= len(keys):
+                        file.flush()
+                        os.fsync(file.fileno())
+                        save_json(os.path.join(folder, "sources.json"), sources)
+                        saved = time.monotonic()
+
+
+def packed(dataset: Clips, cache: str) -> "Packed":
+    """A data set, read from its packed copy below `cache`. What the copy lacks or shows in another state is packed.
+
+    Raises InputError when the disk lacks the room, and when the copy does not show what the files show.
+    """
+    size, folder = dataset.size, os.path.join(cache, f"{dataset.size[1]}x{dataset.size[0]}")
+    state = functools.cache(file_state)
+    paths = dict.fromkeys(path for sample in dataset.samples for path in sample["images"])
+    paths = {path: os.path.abspath(path) for path in paths}
+    wanted = {"frames": {key: (state(path), path) for path, key in paths.items()}, "depth": {}}
+    depth_keys = []
+    for depth in [sample["depth"] for sample in dataset.samples] if dataset.with_depth else []:
+        files = dataset.depth_files(depth)
+        depth_keys.append(f"{os.path.abspath(files[0])} {depth} {getattr(dataset, 'depth_scale', '')}")
+        wanted["depth"][depth_keys[-1]] = " ".join(map(state, files)), depth
+
+    def missing(sources: dict) -> dict[str, dict]:
+        return {kind: {key: item for key, item in items.items() if sources[kind].get(key, [None])[0] != item[0]}
+                for kind, items in wanted.items()}
+
+    sources = read_sources(folder, size)
+    if any(missing(sources).values()):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, "lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be packing the same
+                sources = read_sources(folder, size)
+                if any(missing(sources).values()):
+                    append_rows(dataset, folder, sources, missing(sources))
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}") from None
+
+    rows = {path: sources["frames"][key] for path, key in paths.items()}
+    frames = map_rows(folder, "frames", size)
+    for path, (_, row, *_) in list(rows.items())[::1 + len(rows) // 3]:
+        if row >= 0 and not np.array_equal(frames[row], dataset.load(path)[0].numpy()):
+            raise InputError(f"{folder} does not show what {path} does: delete it, and it will be packed again")
+    clips = np.zeros(len(dataset), clip_type(len(dataset.samples[0]["images"])))
+    clips["frames"] = [[rows[path][1] for path in sample["images"]] for sample in dataset.samples]
+    clips["depth"] = [sources["depth"][key][1] for key in depth_keys] if dataset.with_depth else -1
+    clips["baseline"] = [math.nan if sample["baseline"] is None else sample["baseline"] for sample in dataset.samples]
+    intrinsics, broken = {}, {}
+    for index, sample in enumerate(dataset.samples):
+        parts = [rows[path] for path in sample["images"]] + [sources["depth"][k] for k in depth_keys[index:index + 1]]
+        try:
+            if any(part[1] < 0 for part in parts):
+                raise InputError(next(part[2] for part in parts if part[1] < 0))
+            sizes = tuple(tuple(rows[path][2:]) for path in sample["images"])
+            key = sample["K"].tobytes(), sizes
+            if key not in intrinsics:  # few differ
+                intrinsics[key] = dataset.resized_intrinsics(sample, sizes)
+            clips["K"][index] = intrinsics[key]
+        except InputError as error:
+            clips["frames"][index], broken[index] = -1, str(error)
+    copy = Packed(cache, [], clips=clips, height=size[0], width=size[1], augment=dataset.augment, crop=dataset.crop,
+                  with_depth=dataset.with_depth)
+    copy.name, copy.dropped, copy.broken = dataset.name, dataset.dropped, broken
+    return copy
+
+
+def clip_type(frames: int) -> np.dtype:
+    """A sample in the packed cache: rows of its frames, target first, and of its depth, K, baseline (NaN: none)."""
+    return np.dtype([("frames", "<i8", (frames,)), ("depth", "<i8"), ("K", "<f4", (3, 3)), ("baseline", "<f4")])
+
+
+class Packed(Clips):
+    """Clips of a packed copy: nothing is decoded, and no list of samples is held.
+
+    root: the cache; clips: as `packed` makes them. Without, those that `datasets.py pack` wrote for these frame_ids:
+    the files behind them are then neither needed nor compared.
+    """
+
+    name, broken = "packed clips", {}  # index of a clip -> why it cannot be read
+
+    def __init__(self, root: str, frame_ids: list[str], clips: np.ndarray | None = None, drives: None = None,
+                 frames: tuple = (None, None), min_motion: float = 0, **options):
+        if drives or min_motion or tuple(frames) != (None, None):
+            raise InputError("--drives, --frames and --min_motion choose what is packed: give them to datasets.py pack")
+        self.folder, self.clips = os.path.join(root, f"{options['width']}x{options['height']}"), clips
+        self.file = os.path.join(self.folder, f"clips_{','.join(frame_ids)}.npy")
+        if clips is None and not os.path.isfile(self.file):
+            there = ", ".join(sorted(str(path) for path in Path(root).glob("*/clips_*.npy")))
+            raise InputError(f"{self.file} is not there (but {there or 'no clips at all'}): datasets.py pack writes it")
+        super().__init__(range(1), **options)
+        self._map()
+        self.samples = range(len(self.clips))
+        if self.with_depth and self.clips["depth"][0] < 0:
+            raise InputError(f"{self.file}: packed without depth")
+
+    def _map(self) -> None:
+        self.rows = {kind: map_rows(self.folder, kind, self.size) for kind in ROWS}
+        if self.clips is None:
+            try:
+                self.clips = np.load(self.file, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise InputError(f"{self.file} is damaged ({error}): pack again") from None
+
+    def __getstate__(self) -> dict:  # maps are opened by a loader process that was not forked, not sent to it
+        return {**vars(self), "rows": None, "clips": None if isinstance(self.clips, np.memmap) else self.clips}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._map()
+
+    def read(self, index: int) -> dict:
+        clip = self.clips[index]
+        if clip["frames"][0] < 0:
+            raise InputError(self.broken.get(index, f"{self.file}: clip {index} could not be read when it was packed"))
+        if clip["frames"].max() >= len(self.rows["frames"]) or clip["depth"] >= len(self.rows["depth"]):
+            raise InputError(f"{self.folder} is damaged: delete it and pack again")
+        sample = {"frames": torch.from_numpy(np.stack([self.rows["frames"][row] for row in clip["frames"]])),
+                  "K": torch.from_numpy(clip["K"].copy()), "index": index}
+        if not np.isnan(clip["baseline"]):
+            sample["stereo_T"] = translation_x(float(clip["baseline"]))
+        if self.with_depth:
+            sample["depth"] = torch.from_numpy(self.rows["depth"][clip["depth"]].copy())
+        return sample
 
 
 # ---------------------------------------------------------------------------------------------- labelled images
@@ -1561,7 +1795,7 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labell
 # ---------------------------------------------------------------------------------------------- by name
 
 CLIPS = {"kitti": KittiRaw, "synthetic": KittiRaw, "cityscapes": CityscapesClips, "camvid": CamVidClips,
-         "frames": Frames}
+         "frames": Frames, "packed": Packed}
 LABELLED = {"kitti": KittiSemantics, "synthetic": KittiSemantics, "cityscapes": Cityscapes, "camvid": CamVid}
 
 
@@ -1575,6 +1809,36 @@ def find_data(name: str, path: str | None, known: dict) -> tuple[type, str]:
     if not os.path.exists(path):
         raise InputError(f"{path}: no such folder; give the root of {name} with --data_path (README, Data: its layout)")
     return known[name], path
+
+
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    """Options that choose clips, of training and packing."""
+    group = parser.add_argument_group("clips")
+    group.add_argument("--data", default="synthetic", help=f"one of {', '.join(CLIPS)}")
+    group.add_argument("--frames", type=parse_range, default=(None, None), metavar="A:B",
+                       help="of each drive or folder only frames A to B - 1")
+    group.add_argument("--drives", nargs="+", metavar="NAME", help="only these drives or folders, not the split's")
+    group.add_argument("--min_motion", type=within(float, 0, 255), default=0, metavar="X",
+                       help="leave out targets that differ from a source frame by less than X on average, of 255 "
+                            "(try 2 where the camera stands still)")
+    group.add_argument("--fov", type=within(float, 1, 178),
+                       help="horizontal field of view in degrees, where the images come without intrinsics")
+    group.add_argument("--depth_scale", type=within(float, 1e-3), default=1000,
+                       help="of --data frames: depth PNG value of one metre")
+    group.add_argument("--cache", metavar="FOLDER",
+                       help="read images and depth from a packed copy in this folder, decoded and resized once; what "
+                            "it lacks, or shows in an earlier state, is packed first")
+
+
+def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool, fov: float | None = None,
+               **options) -> Clips:
+    """The clips that the options ask for; frame_ids: the target's "0", the sources' offsets, "s" the other camera."""
+    cls, root = find_data(args.data, args.data_path, CLIPS)
+    if issubclass(cls, Frames):
+        options |= {"fov": args.fov or fov, "depth_scale": args.depth_scale}
+    dataset = cls(root, frame_ids, drives=args.drives, frames=tuple(args.frames), with_depth=with_depth,
+                  height=args.height, width=args.width, min_motion=args.min_motion, **options)
+    return packed(dataset, args.cache) if args.cache else dataset
 
 
 def parse_range(text: str) -> tuple[int | None, int | None]:
@@ -1670,6 +1934,8 @@ def contact_sheet(tiles: list[tuple[str, torch.Tensor]], title: str, legend: lis
 def check_command(args: argparse.Namespace) -> int:
     """Walk a data set before a run; exit code 2 when something is broken, all of which is listed."""
     cls, root = find_data(args.data, args.data_path, LABELLED if args.labels else CLIPS)
+    if cls is Packed:
+        raise InputError("--data packed: check the files before they are packed")
     makers = {split: partial(cls, root, split) for split in ("train", "val")}
     if not args.labels:
         fov = {"fov": args.fov} if issubclass(cls, Frames) else {}
@@ -1700,6 +1966,21 @@ def check_command(args: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
+def render_command(args: argparse.Namespace) -> None:
+    render_synthetic(args.data_path, args.drives, args.frames, args.labelled, args.height, args.width, args.seed,
+                     args.workers)
+
+
+def pack_command(args: argparse.Namespace) -> None:
+    """Pack clips, and list them, so that they can be read without the files that they are made of."""
+    args.cache = args.output
+    dataset = find_clips(args, args.frame_ids, args.depth)
+    path = os.path.join(dataset.folder, f"clips_{','.join(args.frame_ids)}.npy")
+
+    write_atomically(path, lambda file: np.save(file, dataset.clips))
+    print(f"{path}: {len(dataset)} clips of {dataset.name}" + f" (left out: {dataset.dropped})" * bool(dataset.dropped))
+
+
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1712,6 +1993,7 @@ def main() -> int:
     render.add_argument("--width", type=within(int, 32, 8192), default=416)
     render.add_argument("--seed", type=within(int, 0), default=0)
     render.add_argument("--workers", type=within(int, 1, 256), default=2, help="processes")
+    render.set_defaults(run=render_command)
     check = commands.add_parser("check", help="walk a data set before a run: what is there, and what is broken")
     check.add_argument("--data", required=True, help=f"one of {', '.join(CLIPS | LABELLED)}")
     check.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
@@ -1721,12 +2003,19 @@ def main() -> int:
     check.add_argument("--fov", type=within(float, 1, 178), default=60.0, help="of clips without intrinsics, degrees")
     check.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes")
     check.add_argument("--output", metavar="contact.png", help="write a picture of some samples")
+    check.set_defaults(run=check_command)
+    pack = commands.add_parser("pack", help="write a packed copy, for --cache, or to train on alone with --data packed")
+    add_clip_options(pack)
+    pack.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
+    pack.add_argument("--height", type=within(int, 64, 8192), default=192, help="pixels")
+    pack.add_argument("--width", type=within(int, 64, 8192), default=640, help="pixels")
+    pack.add_argument("--frame_ids", nargs="+", default=["0", "-1", "1"], metavar="ID",
+                      help="target, source frames, and s for the other camera: those of a training, or more")
+    pack.add_argument("--depth", action="store_true", help="measured depth as well")
+    pack.add_argument("--output", required=True, metavar="FOLDER", help="what --cache or --data_path then names")
+    pack.set_defaults(run=pack_command)
     args = parser.parse_args()
-    if args.command == "check":
-        return check_command(args)
-    render_synthetic(args.data_path, args.drives, args.frames, args.labelled, args.height, args.width, args.seed,
-                     args.workers)
-    return 0
+    return args.run(args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@
 #
 # Settings: DATA (synthetic, kitti) and DATA_PATH; CITYSCAPES, NYU, VOC, ADE20K, the roots of what some tables need;
 # WEIGHTS, the folder of downloaded checkpoints; SEEDS="0 1 2", of the draws of training images and of the new layers;
-# RUNS=runs/$DATA; JOBS, how many at a time (their output is in $RUNS/logs); PYTHON=python.
+# RUNS=runs/$DATA; CACHE, a folder for packed copies of what is pre-trained on (default: $RUNS/cache for synthetic, none
+# for real data); JOBS, how many at a time (their output is in $RUNS/logs); PYTHON=python.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -28,13 +29,13 @@ PYTHON=${PYTHON:-python}
 WEIGHTS=${WEIGHTS:-weights}
 
 if [ "$DATA" = synthetic ]; then  # small: two CPU cores, where one thread a job is the fastest
-  JOBS=${JOBS:-2}
+  JOBS=${JOBS:-2} CACHE=${CACHE-$RUNS/cache}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   main=stereo size="--height 64 --width 192" other="--height 128 --width 384"
-  depth="--batch_size 4 --steps 300 --learning_rate 2e-4 --num_workers 0 --cache" flow=$depth reconstruction=$depth
+  depth="--batch_size 4 --steps 300 --learning_rate 2e-4 --num_workers 0" flow=$depth reconstruction=$depth
   batch=4 labels="--steps 80 --learning_rate 5e-4 --eval_every 20 --num_workers 0"
 else  # the paper's settings (README, "Protocol")
-  JOBS=${JOBS:-1}
+  JOBS=${JOBS:-1} CACHE=${CACHE-}
   main=mono+stereo size="--height 192 --width 640" other="--height 96 --width 320"
   depth="--steps 66350 --batch_size 12 --learning_rate 1e-4"
   flow="--steps 249000 --batch_size 8 --learning_rate 5e-5 --learning_rate_drop 1"
@@ -56,7 +57,7 @@ job() {
 # pretrain KIND ENCODER
 # shellcheck disable=SC2086  # the settings above are words
 pretrain() {
-  local kind=$1 to=(--encoder "$2" "${data[@]}")
+  local kind=$1 to=(--encoder "$2" "${data[@]}" ${CACHE:+--cache "$CACHE"})
   case $kind in
     depth) job "depth_$2" train_depth.py "${to[@]}" --supervision $main --init imagenet $size $depth ;;
     depthrand) job "depthrand_$2" train_depth.py "${to[@]}" --supervision $main $size $depth ;;

@@ -12,6 +12,7 @@ import fnmatch
 import glob
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -969,6 +970,120 @@ def test_cityscapes_labels_clips_and_depth(tmp_path):
     assert [os.path.basename(path)[11:17] for sample in video.samples for path in sample["images"]] == [
         f"{number:06d}" for target in (18, 19, 20) for number in (target, target - 1, target + 1)]
     assert "2 without" in video.dropped and video[0]["frames"].shape == (3, 3, 64, 128)
+# ------------------------------------------------------------------------------------ the packed cache
+
+def assert_same_samples(first, second, items) -> None:
+    for item in items:
+        one, other = first[item], second[item]
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key], (item, key)
+
+
+@pytest.mark.parametrize("options", ({}, {"with_depth": True, "augment": True, "crop": (64, 96)}), ids=("plain", "all"))
+def test_packed_and_read_samples_are_the_same(tmp_path, world, options):
+    """Frames, K, stereo pose and depth, flipped and cropped or not; also when sent to a loader process."""
+    read = datasets.KittiRaw(world, ["0", "-1", "s"], height=64, width=128, **options)
+    copy = datasets.packed(read, str(tmp_path / "cache"))
+    items = [(i, (0, draw)) for i in (0, 3, len(read) - 1) for draw in range(3)]
+    assert len(copy) == len(read)
+    assert_same_samples(read, copy, items)
+    sent = pickle.dumps(copy)
+    assert len(sent) < 20_000
+    assert_same_samples(read, pickle.loads(sent), items)
+
+
+def test_packing_adds_what_is_missing_and_what_has_changed(tmp_path, capsys):
+    """Frames are shared by whatever needs them; a file with another time or size is packed again, others are not."""
+    write_frames(tmp_path / "video", range(1, 7))
+    cache = str(tmp_path / "cache")
+
+    def pack(frame_ids, height=64, frames=(None, None)):
+        clips = datasets.Frames(str(tmp_path / "video"), frame_ids, height=height, width=96, frames=frames)
+        copy = datasets.packed(clips, cache)
+        assert_same_samples(clips, copy, range(len(clips)))
+        said = capsys.readouterr().out
+        return int(said.split()[1]) if said else 0  # "packing N frames ..."
+
+    assert [pack(["0"], frames=(0, 4)), pack(["0", "-1", "1"], frames=(0, 4)), pack(["0", "-1"])] == [4, 1, 1]
+    assert pack(["0"], height=128) == 6  # a folder of its own
+    assert pack(["0", "1"]) == 0
+    write_image(tmp_path / "video" / "frame3.jpg", seed=77)
+    assert [pack(["0"]), pack(["0"])] == [1, 0]
+    os.utime(tmp_path / "video" / "frame5.jpg", (1, 1))
+    assert [pack(["0"]), pack(["0"])] == [1, 0]
+
+
+def test_an_interrupted_packing_loses_nothing_and_a_damaged_cache_is_refused(tmp_path, monkeypatch):
+    write_frames(tmp_path / "video", range(1, 7))
+    clips = datasets.Frames(str(tmp_path / "video"), ["0"], height=64, width=96)
+    cache, frames = str(tmp_path / "cache"), tmp_path / "cache" / "96x64" / "frames.bin"
+    first = datasets.packed(datasets.Frames(str(tmp_path / "video"), ["0"], height=64, width=96, frames=(0, 2)), cache)
+    kept = first[1]["frames"].clone()
+    with open(frames, "ab") as file:  # rows that an interruption left
+        file.write(b"half a row")
+    assert_same_samples(clips, datasets.packed(clips, cache), range(6))
+    assert torch.equal(first[1]["frames"], kept) and frames.stat().st_size == 6 * 3 * 64 * 96
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(utils.InputError, match="needs 0.00 GB"):
+        datasets.packed(datasets.Frames(str(tmp_path / "video"), ["0"], height=128, width=96), cache)
+    os.truncate(frames, 5 * 3 * 64 * 96)
+    with pytest.raises(utils.InputError, match="96x64 is damaged"):
+        datasets.packed(clips, cache)
+    with open(frames, "wb") as file:
+        file.write(bytes(6 * 3 * 64 * 96))
+    with pytest.raises(utils.InputError, match="does not show"):
+        datasets.packed(clips, cache)
+
+
+def test_a_packed_copy_of_broken_files_fails_as_the_files_do(tmp_path):
+    write_frames(tmp_path / "video", range(1, 7))
+    truncate(f"{tmp_path}/video/frame4.jpg", 0.5)
+    write_image(tmp_path / "video" / "frame2.jpg", 96, 96)
+    clips = datasets.Frames(str(tmp_path / "video"), ["0", "1"], height=64, width=96)
+    copy = datasets.packed(clips, str(tmp_path / "cache"))
+    for index in range(5):
+        if index == 4:
+            assert_same_samples(clips, copy, [index])
+            continue
+        with pytest.raises(utils.InputError) as expected:
+            clips[index]
+        with pytest.raises(utils.InputError, match=re.escape(str(expected.value))):
+            copy[index]
+    item = (2, (0, 1))
+    assert_same_samples(datasets.Forgiving(clips), datasets.Forgiving(copy), [item])
+
+
+def test_packed_clips_alone(tmp_path, capsys):
+    """Packed by the command, the files gone, trained on; other frames than were packed are refused."""
+    write_frames(tmp_path / "video", range(1, 6))
+    cache, size = str(tmp_path / "cache"), ["--height", "64", "--width", "96"]
+    code, output, _ = call(capsys, datasets, "pack", "--data", "frames", "--data_path", f"{tmp_path}/video", *size,
+                           "--frame_ids", "0", "-1", "--output", cache)
+    assert code == 0 and "clips_0,-1.npy: 4 clips" in output and "1 without" in output
+    shutil.rmtree(tmp_path / "video")
+    options = tiny_run(tmp_path, "--width", "96", "--data", "packed", "--data_path", cache, "--task", "flow")
+    assert call(capsys, train_depth, *options)[0] == 0
+    code, _, errors = call(capsys, train_depth, *options, "--frame_ids", "0", "1")
+    assert_one_line(code, errors, ("clips_0,1.npy", "clips_0,-1.npy"))
+
+
+def test_a_long_index_is_not_read(tmp_path):
+    """Many clips, of rows that are holes in a file: opened and read at once, in little memory."""
+    folder, count = tmp_path / "192x96", 200_000
+    os.makedirs(folder)
+    with open(folder / "frames.bin", "wb") as file:
+        file.truncate(count * 3 * 96 * 192)
+    clips = np.lib.format.open_memmap(folder / "clips_0,-1.npy", "w+", datasets.clip_type(2), (count,))
+    clips["frames"], clips["depth"] = np.arange(count)[:, None], -1
+    clips.flush()
+    start = time.perf_counter()
+    data = datasets.Packed(str(tmp_path), ["0", "-1"], height=96, width=192)
+    assert len(data) == count and len(pickle.dumps(data)) < 20_000
+    indices = np.random.default_rng(0).integers(count, size=200)
+    assert all(data[int(index)]["frames"].shape == (2, 3, 96, 192) for index in indices)
+    assert time.perf_counter() - start < 5
 
 
 # ------------------------------------------------------------------------------------ real data
@@ -2521,14 +2636,6 @@ def test_the_synthetic_world_on_disk(world, tmp_path):
             assert one.read() == other.read(), name
     with pytest.raises(utils.InputError, match="exists"):
         datasets.render_synthetic(again)
-
-
-def test_cached_and_read_samples_are_the_same(world):
-    options = {"with_depth": True, "height": 64, "width": 128, "augment": True}
-    read, cached = (datasets.KittiRaw(world, ["0", "-1", "s"], cache=cache, **options) for cache in (False, True))
-    for item in ((3, (0, 1)), (3, (0, 2)), (3, (0, 1))):  # the second and third come from memory, flipped or not
-        for key, value in read[item].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(cached[item][key])), key
 
 
 def test_near_static_targets_are_left_out(tmp_path):

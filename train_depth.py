@@ -32,24 +32,13 @@ def parse_options() -> argparse.Namespace:
                        help="of --supervision depth: L1 in metres (paper), L1 / depth, or 1/depth up to scale, shift")
     group.add_argument("--frame_ids", type=within(int, -1000, 1000), nargs="+", default=None,
                        help="target, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
-    group.add_argument("--data", default="synthetic", help=f"one of {', '.join(datasets.CLIPS)}")
-    group.add_argument("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
-                       help="of each drive or folder only frames A to B - 1")
-    group.add_argument("--drives", nargs="+", metavar="NAME", help="only these drives or folders, not the split's")
-    group.add_argument("--cache", action="store_true", help="keep resized images in memory (of each loader process)")
-    group.add_argument("--min_motion", type=within(float, 0, 255), default=0, metavar="X",
-                       help="leave out targets that differ from a source frame by less than X on average, of 255 "
-                            "(try 2 where the camera stands still)")
-    group.add_argument("--fov", type=within(float, 1, 178),
-                       help="horizontal field of view in degrees, where the images come without intrinsics")
-    group.add_argument("--depth_scale", type=within(float, 1e-3), default=1000,
-                       help="of --data frames: depth PNG value of one metre")
     group.add_argument("--crop", type=within(int, 64, 8192), nargs=2, metavar=("H", "W"),
                        help='random crops (Table 5, "Depth-cropped": 256 256)')
     group.add_argument("--min_depth", type=within(float, 1e-6),
                        help="of the network's range (default: 0.1; stereo 0.54 metres, depth 1 metre)")
     group.add_argument("--max_depth", type=within(float, 1e-6),
                        help="of the network's range (default: 100; stereo 540 metres, depth 100 metres)")
+    datasets.add_clip_options(parser)
     group = parser.add_argument_group("network")
     group.add_argument("--arch", choices=("unet", "deeplabv3", "dpt"), default="unet",
                        help="paper: unet, with four output scales; deeplabv3 for Table 5; dpt for a ViT")
@@ -112,13 +101,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def make_dataset(args: argparse.Namespace) -> datasets.Clips:
-    cls, root = datasets.find_data(args.data, args.data_path, datasets.CLIPS)
-    fov = args.fov or (None if args.task == "depth" else 60.0)  # the baselines have no use for K
-    options = {"fov": fov, "depth_scale": args.depth_scale} if issubclass(cls, datasets.Frames) else {}
-    stereo = args.task == "depth" and "stereo" in args.supervision
-    return cls(root, [str(f) for f in args.frame_ids] + ["s"] * stereo, drives=args.drives, frames=tuple(args.frames),
-               with_depth=args.task == "depth" and args.supervision == "depth", height=args.height, width=args.width,
-               augment=True, crop=args.crop, cache=args.cache, min_motion=args.min_motion, **options)
+    fov = None if args.task == "depth" else 60.0  # the baselines have no use for K
+    other_camera = ["s"] * (args.task == "depth" and "stereo" in args.supervision)
+    return datasets.find_clips(args, [str(f) for f in args.frame_ids] + other_camera, augment=True, crop=args.crop,
+                               with_depth=args.task == "depth" and args.supervision == "depth", fov=fov)
 
 
 def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
