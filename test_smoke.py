@@ -1763,9 +1763,9 @@ def test_tables_of_real_runs(capsys, log_dir, fine_tuned):
 
 @pytest.fixture
 def small_vits(monkeypatch):
-    """Four blocks instead of twelve."""
+    """Five blocks instead of twelve."""
     for patch in (14, 16):
-        monkeypatch.setitem(networks.VITS, f"vit_s{patch}", (patch, 4, 6, 384))
+        monkeypatch.setitem(networks.VITS, f"vit_s{patch}", (patch, 5, 6, 384))
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
@@ -1833,7 +1833,7 @@ def test_torchvision_deeplab(tmp_path):
 def timm_vit(patch: int, **options) -> torch.nn.Module:
     import timm
     name = {14: "vit_small_patch14_dinov2", 16: "vit_small_patch16_224"}[patch]
-    return randomise(timm.create_model(name, depth=4, img_size=8 * patch, dynamic_img_size=True, **options))
+    return randomise(timm.create_model(name, depth=5, img_size=8 * patch, dynamic_img_size=True, **options))
 
 
 VIT_FILES = {  # format: patch, options of timm's model, and the content for its state dict
@@ -1857,7 +1857,7 @@ def test_vit_files(tmp_path, small_vits, kind):
     path = save_checkpoint(tmp_path, content(source.state_dict()))
     model = networks.build("linear", f"vit_s{patch}", 3).eval()
     message = networks.load_weights(model, path, "segmentation")
-    assert message.startswith(kind.removesuffix(", whole") + ": encoder 54/54")
+    assert message.startswith(kind.removesuffix(", whole") + ": encoder 66/66")
     for h, w in ((8, 8), (5, 9), (12, 10)):
         images = smooth_images(2, 4 * h, 4 * w)
         images = F.interpolate(images, (patch * h, patch * w))
@@ -1870,14 +1870,14 @@ def test_vit_files(tmp_path, small_vits, kind):
 @pytest.mark.parametrize("legacy", (False, True))
 def test_torchvision_vit(tmp_path, small_vits, legacy):
     """As torchvision names its layers now, and as the published files name them."""
-    source = randomise(torchvision.models.VisionTransformer(128, 16, 4, 6, 384, 4 * 384))
+    source = randomise(torchvision.models.VisionTransformer(128, 16, 5, 6, 384, 4 * 384))
     state = source.state_dict()
     if legacy:
         state = {k.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): v
                  for k, v in state.items()}
     model, images = networks.build("linear", "vit_s16", 3).eval(), F.interpolate(smooth_images(1, 32, 32), (128, 128))
     message = networks.load_weights(model, save_checkpoint(tmp_path, state), "segmentation")
-    assert message == "torchvision ViT (ImageNet): encoder 54/54, decoder fresh"
+    assert message == "torchvision ViT (ImageNet): encoder 66/66, decoder fresh"
     with torch.no_grad():
         x = source._process_input(normalised(images, model.encoder))
         expected = source.encoder(torch.cat([source.class_token, x], 1))[:, 1:]
@@ -1948,12 +1948,12 @@ def test_dpt_files(tmp_path, small_vits, patch):
     message = networks.load_weights(model, path, "depth")
     total = len(model.decoder.state_dict())
     kind = "DPT" if patch == 16 else "Depth Anything"
-    assert message.startswith(f"{kind}: encoder 54/54, decoder {total - 2}/{total}")
+    assert message.startswith(f"{kind}: encoder 66/66, decoder {total - 2}/{total}")
     head = {14: "depth_head.scratch.output_conv2.2", 16: "scratch.output_conv.4"}[patch]
     model.decoder.head.load_state_dict({kind: tensors[f"{head}.{kind}"] for kind in ("weight", "bias")})
     with torch.no_grad():
         x = normalised(images, model.encoder) if patch == 14 else (images - 0.5) / 0.5
-        pairs = vit.forward_intermediates(x, [0, 1, 2, 3], return_prefix_tokens=True, norm=patch == 14,
+        pairs = vit.forward_intermediates(x, [0, 1, 2, 4], return_prefix_tokens=True, norm=patch == 14,
                                           intermediates_only=True)
         maps = [tokens for tokens, _ in pairs]
         if patch == 16:
@@ -2030,6 +2030,43 @@ def test_deeplab_from_depth_to_segmentation(tmp_path, capsys, world, pretrained)
         with pytest.raises(utils.InputError, match="--init_parts encoder"):
             networks.load_weights(network, source, "segmentation")
         assert "encoder 120/120, decoder fresh" in networks.load_weights(network, source, "segmentation", "encoder")
+
+
+def test_dpt_from_depth_to_segmentation(tmp_path, capsys, world, small_vits):
+    """A vision transformer trained for depth, then, without its last layer, for segmentation."""
+    vit = ["--arch", "dpt", "--encoder", "vit_s16", "--height", "64", "--width", "80", "--dpt_layers", "last"]
+    depth = arch_run(train_depth, capsys, world, tmp_path, "depth", *vit, "--supervision", "depth")
+    code, _, errors = call(capsys, evaluate, "depth", "--weights", depth, "--data", "synthetic", "--data_path", world,
+                           "--frames", "0:1")
+    assert code == 0, errors
+    seg = arch_run(train_seg, capsys, world, tmp_path, "seg", *vit, "--init", depth)
+    before, after = read_weights(depth), read_weights(seg)
+    assert {key for key in before if before[key].shape != after[key].shape} == {
+        "decoder.head.weight", "decoder.head.bias"}
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    assert same == {f"encoder.encoder.encoder.ln.{kind}" for kind in ("weight", "bias")}  # which DPT does not look at
+    code, output, errors = call(capsys, evaluate, "seg", "--weights", seg, "--data_path", world)
+    assert code == 0 and f"mIoU {read_json(seg, 'result.json')['miou']:.2f} %" in output, errors
+
+
+def test_linear_probe(tmp_path, capsys, world, small_vits):
+    """Of a DINOv2 file: its encoder is frozen, with the position embeddings' own grid, in model.pt and afterwards."""
+    path = save_checkpoint(tmp_path, timm_vit(14).state_dict())
+    options = ["--arch", "linear", "--encoder", "vit_s14", "--height", "70", "--width", "98", "--init", path]
+    seg = arch_run(train_seg, capsys, world, tmp_path, "probe", *options)
+    weights, loaded = read_weights(seg), networks.read_checkpoint(path)[1]["encoder"]
+    assert loaded[networks.POSITIONS].shape == (1, 65, 384)
+    assert all(torch.equal(value, weights[f"encoder.{key}"]) for key, value in loaded.items())
+    assert {key for key in weights if key.startswith("decoder.")} == {
+        *(f"decoder.0.{key}" for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+        "decoder.1.weight", "decoder.1.bias"}
+    assert read_json(seg, "result.json")["pretraining"] == "DINOv2 ViT"
+    write_image(tmp_path / "street.png", 75, 133)
+    code, _, errors = call(capsys, evaluate, "predict", tmp_path / "street.png", "--weights", seg, "--output", tmp_path)
+    assert code == 0 and np.load(tmp_path / "street_segmentation.npy").shape == (75, 133), errors
+    os.remove(os.path.join(seg, "result.json"))  # as if killed before its last line
+    arch_run(train_seg, capsys, world, tmp_path, "probe", *options)
+    assert networks.build("linear", "resnet18", 5)(smooth_images(2, 64, 96))[0].shape == (2, 5, 64, 96)
 
 
 # ------------------------------------------------------------------------------------ errors as users meet them
@@ -2213,6 +2250,40 @@ def size_too_small(folder):
     """At 32 pixels the deepest feature is one pixel high, which reflection padding cannot pad."""
     write_frames(folder / "video", [1])
     return train_depth, frames_run(folder, "--height", "32"), ["--height 32"]
+
+
+def size_no_multiple_of_the_patch(folder):
+    options = ["--arch", "dpt", "--encoder", "vit_s14", "--width", "70"]
+    return train_seg, semantics_run(folder, *options), ["--height 64", "multiple of 14", "70"]
+
+
+def unet_of_a_vit(folder):
+    return train_seg, semantics_run(folder, "--encoder", "vit_s16"), ["--arch unet", "ResNet", "--encoder vit_s16"]
+
+
+def dpt_of_a_resnet(folder):
+    return train_seg, semantics_run(folder, "--arch", "dpt"), ["--arch dpt", "ViT", "--encoder resnet18"]
+
+
+def imagenet_for_a_small_vit(folder):
+    options = ["--arch", "linear", "--encoder", "vit_s16", "--init", "imagenet"]
+    return train_seg, semantics_run(folder, *options), ["ImageNet weights of vit_s16"]
+
+
+def vit_of_another_size(folder):
+    path = save_checkpoint(folder, torchvision.models.VisionTransformer(64, 16, 2, 3, 192, 768).state_dict())
+    options = ["--arch", "linear", "--encoder", "vit_s16", "--init", path]
+    return train_seg, semantics_run(folder, *options), [path, "encoder.class_token", "(1, 1, 384) here"]
+
+
+def damaged_layer_scale(folder):
+    path = save_checkpoint(folder, {"blocks.0.ls1.gamma": torch.ones(384), "norm.weight": torch.ones(384)})
+    return train_seg, semantics_run(folder, "--init", path), [path, "DINOv2 ViT", "not whole"]
+
+
+def checkpoint_with_more_than_tensors(folder):
+    path = save_checkpoint(folder, {"state_dict": {}, "metric": np.float64(3)})
+    return train_seg, semantics_run(folder, "--init", path), [path, "it holds numpy"]
 
 
 def deeplab_of_one_image(folder):
@@ -2406,6 +2477,13 @@ ERRORS = (
     unknown_label_id,
     size_no_multiple_of_32,
     size_too_small,
+    size_no_multiple_of_the_patch,
+    unet_of_a_vit,
+    dpt_of_a_resnet,
+    imagenet_for_a_small_vit,
+    vit_of_another_size,
+    damaged_layer_scale,
+    checkpoint_with_more_than_tensors,
     deeplab_of_one_image,
     flow_by_deeplab,
     two_ways_of_freezing,
