@@ -13,6 +13,7 @@ metres, 0 = no measurement, "index"}. Labelled images: {"image": (3, H, W) uint8
 import argparse
 import fcntl
 import functools
+import io
 import json
 import math
 import os
@@ -58,6 +59,9 @@ CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign",
 CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
                   (192, 128, 128),
                   (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192))
+NYU13_OF_40 = (12, 5, 6, 1, 4, 9, 10, 12, 13, 6, 8, 6, 13, 10, 6, 13, 6, 7, 7, 5,  # the 13-class id of ids 1 to 40
+               7, 3, 2, 6, 11, 7, 7, 7, 7, 7, 7, 6, 7, 7, 7, 7, 7, 7, 6, 7)
+NYU_CAMERA = np.array([[518.858, 0, 325.582], [0, 519.470, 253.736], [0, 0, 1]])  # of the 640x480 colour images
 
 
 # ---------------------------------------------------------------------------------------------- reading files
@@ -86,7 +90,10 @@ def whole_png(content: bytes) -> bool:
 
 
 def read_image(path: str) -> torch.Tensor:
-    """A JPEG or PNG file of any kind as RGB, (3, H, W) uint8."""
+    """A JPEG or PNG file as RGB, (3, H, W) uint8, turned upright as its EXIF orientation says.
+
+    Gray, palette, CMYK and 16-bit images are converted; transparent ones and those beyond Pillow's limit are refused.
+    """
     content = read_bytes(path)
     raw = content.numpy().tobytes()
     if raw.startswith(b"\xff\xd8"):
@@ -98,10 +105,17 @@ def read_image(path: str) -> torch.Tensor:
     if not whole:
         raise InputError(f"{path}: the image file is truncated or damaged")
     try:
-        image = decode_image(content, mode=ImageReadMode.RGB)
-    except RuntimeError:
-        raise InputError(f"{path}: the image cannot be decoded") from None
-    return (image.int() >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
+        with Image.open(io.BytesIO(raw)) as header:  # refuses a size beyond Pillow's limit before anything is decoded
+            alpha = header.has_transparency_data
+        mode = ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB
+        image = decode_image(content, mode=mode, apply_exif_orientation=True)
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: the image cannot be decoded ({str(error).splitlines()[0][:100]})") from None
+    if image.dtype == torch.uint16:
+        image = (image.int() >> 8).to(torch.uint8)
+    if alpha and image[3].min() < 255:
+        raise InputError(f"{path}: the image is transparent in places; give it a background first")
+    return image[:3]
 
 
 def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
@@ -111,7 +125,7 @@ def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
             if image.mode not in modes:
                 raise InputError(f"{path}: a PNG of mode {' or '.join(modes)} is expected, this one is {image.mode}")
             return np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, FileNotFoundError) else error
         raise InputError(f"{path}: not a readable image ({reason})") from None
 
@@ -124,8 +138,9 @@ def list_folder(path: str) -> list[str]:
 
 
 def image_names(folder: str) -> list[str]:
-    """Names of the image files in a folder, without hidden ones."""
-    return [n for n in list_folder(folder) if n.lower().endswith(IMAGE_EXTENSIONS) and not n.startswith(".")]
+    """Names of the image files in a folder, without hidden ones and NYU's depth."""
+    return [name for name in list_folder(folder)
+            if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith((".", "sync_depth_"))]
 
 
 def read_calibration(path: str) -> dict[str, np.ndarray]:
@@ -534,6 +549,8 @@ class KittiRaw(Clips):
         for folder, number, side in self._targets(split, drives, frames, cameras):
             found = self._listing(folder, side)
             paths = [found.get(number + offset) for offset in offsets]
+            if paths[0] is None:
+                raise InputError(f"{self.root}/{folder}/{CAMERAS[side]}/data: no frame {number:010d}, as the split has")
             if "s" in frame_ids:
                 paths.append(self._listing(folder, OTHER[side]).get(number))
             depth = self._depth_source(folder, number, side) if with_depth else None
@@ -693,14 +710,13 @@ class Frames(Clips):
             start, stop, _ = slice(*frames).indices(len(paths))
             for position in range(start, stop):
                 images = [by_number.get(numbers[position] + step * offset) for offset in offsets]
-                depth = os.path.join(folder, "depth", os.path.splitext(os.path.basename(paths[position]))[0] + ".png")
+                depth = self.depth_file(paths[position]) if with_depth else None
                 if None in images:
                     lonely += 1
                 elif with_depth and not os.path.isfile(depth):
                     blind += 1
                 else:
-                    samples.append({"images": images, "K": K, "K_from": K_from, "baseline": None,
-                                    "depth": depth if with_depth else None})
+                    samples.append({"images": images, "K": K, "K_from": K_from, "baseline": None, "depth": depth})
         self.dropped = ", ".join(f"{count} without {what}" for count, what in
                                  ((lonely, "all their source frames"), (blind, "a depth image")) if count)
         super().__init__(samples, with_depth=with_depth, **options)
@@ -710,6 +726,8 @@ class Frames(Clips):
         sequences = []
         below = [os.path.join(root, name) for name in list_folder(root)]
         for folder in [root, *filter(os.path.isdir, below)]:
+            if os.path.islink(folder) and os.path.realpath(folder) == os.path.realpath(root):
+                continue  # a link back
             if os.path.basename(folder) == "depth" or (drives and os.path.basename(folder) not in drives):
                 continue
             names = sorted(image_names(folder), key=natural_key)
@@ -720,6 +738,10 @@ class Frames(Clips):
                              + (f" {', '.join(drives)}" if drives else ""))
         return sequences
 
+    def depth_file(self, image: str) -> str:
+        folder, name = os.path.split(os.path.splitext(image)[0])
+        return os.path.join(folder, "depth", f"{name}.png")
+
     @staticmethod
     def _numbers(paths: list[str]) -> tuple[int, list[int]]:
         """The usual step between frame numbers, and the numbers: the last digits of the names, else positions."""
@@ -728,8 +750,7 @@ class Frames(Clips):
         steps = [b - a for a, b in pairwise(numbers) if b > a]
         return (max(set(steps), key=steps.count) if steps else 1), numbers
 
-    @staticmethod
-    def _intrinsics(root: str, folder: str, fov: float | None, first: str) -> tuple[np.ndarray, str]:
+    def _intrinsics(self, root: str, folder: str, fov: float | None, first: str) -> tuple[np.ndarray, str]:
         for place in (folder, os.path.dirname(folder) if folder != root else root, root):
             path = os.path.join(place, "intrinsics.txt")
             if os.path.isfile(path):
@@ -742,6 +763,27 @@ class Frames(Clips):
 
     def depth_map(self, depth: str) -> np.ndarray:
         return read_ids(depth, DEPTH_MODES).astype(np.float32) / self.depth_scale
+
+
+class NyuClips(Frames):
+    """NYU-v2 for pre-training: in a folder for each scene `rgb_NUMBER.jpg` and `sync_depth_NUMBER.png` (16 bits,
+    millimetres), or the labelled images as unpacked. K is the published one where there is no intrinsics.txt.
+    """
+
+    def __init__(self, root: str, *args, **options):
+        inner = os.path.join(root, "image")
+        super().__init__(inner if os.path.isdir(inner) else root, *args, **options)
+
+    def depth_file(self, image: str) -> str:
+        folder, name = os.path.split(os.path.splitext(image)[0])
+        if os.path.basename(folder) == "image":
+            return os.path.join(os.path.dirname(folder), "depth", f"{name}.png")
+        return os.path.join(folder, f"sync_depth_{name.removeprefix('rgb_')}.png")
+
+    def _intrinsics(self, root: str, folder: str, fov: float | None, first: str) -> tuple[np.ndarray, str]:
+        if read_image(first).shape[1:] == (480, 640) and not os.path.isfile(os.path.join(folder, "intrinsics.txt")):
+            return NYU_CAMERA, "NYU's camera"
+        return super()._intrinsics(root, folder, fov, first)
 
 
 class CityscapesClips(Clips):
@@ -1048,7 +1090,23 @@ def lookup_table(ids: dict[int, int]) -> np.ndarray:
 
 CITYSCAPES_TABLE = lookup_table({**dict.fromkeys((*range(34), 255), IGNORE),
                                  **{raw: train for train, raw in enumerate(CITYSCAPES_IDS)}})
+VOC_TABLE = lookup_table({**{i: i for i in range(21)}, 255: IGNORE})
+NYU_TABLE = lookup_table({0: IGNORE, **{i + 1: i for i in range(40)}})
+NYU13_TABLE = lookup_table({0: IGNORE, **{i + 1: thirteen - 1 for i, thirteen in enumerate(NYU13_OF_40)}})
+ADE20K_TABLE = lookup_table({0: IGNORE, **{i + 1: i for i in range(150)}})
 CAMVID_TABLE = lookup_table({**{i: i for i in range(11)}, 11: IGNORE})
+
+
+def class_names(name: str) -> tuple[str, ...]:
+    """The classes that splits/NAME_classes.txt lists, in the order of train ids."""
+    with open(os.path.join(SPLITS, f"{name}_classes.txt")) as file:
+        return tuple(file.read().splitlines())
+
+
+def palette(ids: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
+    """VOC's colour of each id: its bits are dealt to red, green and blue in turn, from their highest bits down."""
+    return tuple(tuple(sum((i >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3))
+                 for i in ids)
 
 
 IN_MEMORY = 2 ** 31  # bytes that a set of labelled images, resized, may take to be kept
@@ -1069,6 +1127,10 @@ class Labelled(Dataset):
                  train_size: int | None = None, split_seed: int = 0, augment: bool = False,
                  crop: tuple[int, int] | None = None):
         check_crop(crop, height, width)
+        missing = [path for pair in pairs for path in pair if not os.path.exists(path)]
+        if missing or not pairs:
+            raise InputError(f"{missing[0]}: no such file, one of {len(missing)} that are missing" if missing else
+                             f"no image is listed for {split}")
         self.pairs = draw_training_set(pairs, train_size, split_seed) if split == "train" else pairs
         self.size, self.augment, self.crop, self.cached = (height, width), augment, crop, {}
         self.keep = 4 * height * width * len(self.pairs) <= IN_MEMORY
@@ -1084,7 +1146,19 @@ class Labelled(Dataset):
         bad = (known < 0) | (raw > 255)
         if bad.any():
             raise InputError(f"{path}: label id {raw[bad][0]} is not one of this data set's")
+        self._check_palette(path, raw)
         return torch.from_numpy(known.astype(np.int64))
+
+    def _check_palette(self, path: str, raw: np.ndarray) -> None:
+        """Refuse a palette that shows an id in another class's colour: right to look at, but the ids are not ours."""
+        with Image.open(path) as image:
+            colours = (image.getpalette() or []) if image.mode == "P" else []
+        meant = {colour: c for c, colour in enumerate(self.colours)}
+        for i in np.unique(raw).tolist() if colours else ():
+            c = meant.get(tuple(colours[3 * i:3 * i + 3]), self.table[i])
+            if c != self.table[i] != IGNORE:
+                raise InputError(f"{path}: the palette shows id {i}, {self.classes[self.table[i]]}, in the colour of "
+                                 f"{self.classes[c]}: ids must be those of the data set, not places in a palette")
 
     def native(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (3, h, w) uint8 and label (h, w) as they are stored."""
@@ -1144,6 +1218,16 @@ def draw_training_set(pool: list, train_size: int | None, split_seed: int) -> li
     return [pool[i] for i in order[:train_size]]
 
 
+def read_names(path: str) -> list[str]:
+    """The images that a split file lists: the first word of each line, without folder and extension."""
+    try:
+        with open(path) as file:
+            words = [line.split()[0] for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', 'no text file')}") from None
+    return [os.path.splitext(os.path.basename(word))[0] for word in words]
+
+
 def pair_up(images: str, labels: str, image_end: str = "", label_end: str = "") -> list[tuple[str, str]]:
     """Every image of a folder with its label, a PNG in another folder, of the same name up to its end."""
     stems = [(name, os.path.splitext(name)[0].removesuffix(image_end)) for name in image_names(images)]
@@ -1190,6 +1274,88 @@ class Cityscapes(Labelled):
         pairs = [pair for city in list_folder(images) for pair in pair_up(
             os.path.join(images, city), os.path.join(labels, city), "_leftImg8bit", "_gtFine_labelIds")]
         super().__init__(pairs, split, **options)
+
+
+class Voc(Labelled):
+    """Pascal VOC 2012, 21 classes: training images drawn from `train_aug` (with SBD's; where there is none, from
+    `train`), evaluation on `val`, which are lists in ImageSets/Segmentation. SBD's labels: PNG, SegmentationClassAug.
+    """
+
+    classes, colours, table = class_names("voc"), palette(range(21)), VOC_TABLE
+
+    def __init__(self, root: str, split: str, **options):
+        inner = os.path.join(root, "VOCdevkit", "VOC2012")
+        root = inner if os.path.isdir(inner) else root
+        lists = os.path.join(root, "ImageSets", "Segmentation")
+        augmented = split == "train" and os.path.isfile(os.path.join(lists, "train_aug.txt"))
+        labels = os.path.join(root, "SegmentationClassAug" if augmented else "SegmentationClass")
+        names = read_names(os.path.join(lists, "train_aug.txt" if augmented else f"{split}.txt"))
+        super().__init__([(os.path.join(root, "JPEGImages", f"{name}.jpg"), os.path.join(labels, f"{name}.png"))
+                          for name in names], split, **options)
+
+
+class Ade20k(Labelled):
+    """ADE20K in the layout of ADEChallengeData2016, 150 classes (0 is ignored): training images drawn from `training`,
+    evaluation on `validation`.
+    """
+
+    classes, colours, table = class_names("ade20k"), palette(range(1, 151)), ADE20K_TABLE
+
+    def __init__(self, root: str, split: str, **options):
+        folder = {"train": "training", "val": "validation"}[split]
+        images, labels = (os.path.join(root, kind, folder) for kind in ("images", "annotations"))
+        super().__init__(pair_up(images, labels), split, **options)
+
+
+class Nyu(Labelled):
+    """NYU-v2's labelled images, 40 classes (0 is ignored): `image`, `label40`, and the official split, 795 and 654, in
+    `train.txt` and `test.txt`; `python datasets.py unpack` writes them from the published .mat files.
+    """
+
+    classes, colours, table = class_names("nyu"), palette(range(1, 41)), NYU_TABLE
+
+    def __init__(self, root: str, split: str, **options):
+        names = os.path.join(root, {"train": "train.txt", "val": "test.txt"}[split])
+        if not os.path.isfile(names):
+            raise InputError(f"{names} is missing; python datasets.py unpack --data_path {root} writes it")
+        super().__init__([(os.path.join(root, "image", f"{name}.png"), os.path.join(root, "label40", f"{name}.png"))
+                          for name in read_names(names)], split, **options)
+
+
+class Nyu13(Nyu):
+    """The same images and labels with 13 classes."""
+
+    classes, colours, table = class_names("nyu13"), palette(range(1, 14)), NYU13_TABLE
+
+
+def unpack_nyu(root: str) -> None:
+    """Write NYU-v2's labelled images as PNG files: `image`, `depth` (millimetres, 0 = not measured), `label40`.
+
+    Reads nyu_depth_v2_labeled.mat and splits.mat (both NYU's) and classMapping40.mat (894 raw classes to 40, Gupta et
+    al., CVPR 2013). The lists of the split are written last.
+    """
+    try:
+        import h5py
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise InputError(f"unpacking NYU needs {error.name}: pip install h5py scipy") from None
+    path = os.path.join(root, "nyu_depth_v2_labeled.mat")
+    try:
+        splits, mapping = (loadmat(os.path.join(root, name)) for name in ("splits.mat", "classMapping40.mat"))
+        to_40 = np.append(0, mapping["mapClass"].ravel()).astype(np.uint8)
+        with h5py.File(path) as file:
+            for i in tqdm(range(len(file["images"])), desc="unpack", disable=None):  # MATLAB's axes come reversed
+                label = np.asarray(file["labels"][i]).T
+                depth = (1000 * np.asarray(file["rawDepths"][i]).T).round().clip(0, 65535)
+                for kind, array in (("image", np.asarray(file["images"][i]).T), ("label40", to_40[label]),
+                                    ("depth", depth.astype(np.uint16))):
+                    save_image(Path(root, kind, f"{i + 1:04d}.png"), np.ascontiguousarray(array))
+        for name in ("train", "test"):
+            numbers = splits[f"{name}Ndxs"].ravel()
+            Path(root, f"{name}.txt").write_text("".join(f"{number:04d}\n" for number in numbers))
+    except Exception as error:  # noqa: BLE001  (of two readers, each with exceptions of its own)
+        raise InputError(f"{root}: nyu_depth_v2_labeled.mat, splits.mat and classMapping40.mat are needed there, "
+                         f"as published ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------- the synthetic world
@@ -1795,8 +1961,9 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labell
 # ---------------------------------------------------------------------------------------------- by name
 
 CLIPS = {"kitti": KittiRaw, "synthetic": KittiRaw, "cityscapes": CityscapesClips, "camvid": CamVidClips,
-         "frames": Frames, "packed": Packed}
-LABELLED = {"kitti": KittiSemantics, "synthetic": KittiSemantics, "cityscapes": Cityscapes, "camvid": CamVid}
+         "nyu": NyuClips, "frames": Frames, "packed": Packed}
+LABELLED = {"kitti": KittiSemantics, "synthetic": KittiSemantics, "cityscapes": Cityscapes, "camvid": CamVid,
+            "nyu": Nyu, "nyu13": Nyu13, "voc": Voc, "ade20k": Ade20k}
 
 
 def find_data(name: str, path: str | None, known: dict) -> tuple[type, str]:
@@ -2014,6 +2181,9 @@ def main() -> int:
     pack.add_argument("--depth", action="store_true", help="measured depth as well")
     pack.add_argument("--output", required=True, metavar="FOLDER", help="what --cache or --data_path then names")
     pack.set_defaults(run=pack_command)
+    unpack = commands.add_parser("unpack", help="write NYU-v2's labelled images from its .mat files (h5py, scipy)")
+    unpack.add_argument("--data_path", default="data/nyu", help="folder of the .mat files; the images go there as well")
+    unpack.set_defaults(run=lambda args: unpack_nyu(args.data_path))
     args = parser.parse_args()
     return args.run(args)
 

@@ -1086,6 +1086,172 @@ def test_a_long_index_is_not_read(tmp_path):
     assert time.perf_counter() - start < 5
 
 
+def test_voc_lists_and_palette(tmp_path):
+    """Training from SBD's augmented list where there is one; labels are palette PNGs, 255 is ignored."""
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    label = np.zeros((40, 60), np.uint8)
+    label[10:20], label[20:22] = 15, 255
+    colours = [value for colour in datasets.palette(range(256)) for value in colour]
+    names = {"train": ["2007_000032"], "val": ["2007_000033"], "train_aug": ["2007_000032", "2008_000002"]}
+    for name in {name for listed in names.values() for name in listed}:
+        write_image(root / "JPEGImages" / f"{name}.jpg", 40, 60)
+        picture = Image.fromarray(label)
+        picture.putpalette(colours)
+        for folder in ("SegmentationClass", "SegmentationClassAug"):
+            os.makedirs(root / folder, exist_ok=True)
+            picture.save(root / folder / f"{name}.png")
+    os.makedirs(root / "ImageSets" / "Segmentation")
+    for split, listed in names.items():
+        line = "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png\n" if split == "train_aug" else "{}\n"
+        (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("".join(line.format(n) for n in listed))
+    data = datasets.Voc(str(tmp_path), "train", height=32, width=64)
+    assert len(data) == 2 and all("SegmentationClassAug" in label for _, label in data.pairs)
+    assert data.native_label(0).unique().tolist() == [0, 15, 255] and data.classes[15] == "person"
+    assert data.colours[15] == (192, 128, 128) and len(data.classes) == len(data.colours) == 21
+    os.remove(root / "ImageSets" / "Segmentation" / "train_aug.txt")
+    assert len(datasets.Voc(str(root), "train", height=32, width=64)) == 1
+    os.remove(root / "JPEGImages" / "2007_000033.jpg")
+    with pytest.raises(utils.InputError, match="2007_000033.jpg: no such file"):
+        datasets.Voc(str(root), "val", height=32, width=64)
+
+
+def test_ade20k_classes(tmp_path):
+    for folder, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
+        write_image(tmp_path / "images" / folder / f"{name}.jpg", 40, 60)
+        write_png(tmp_path / "annotations" / folder / f"{name}.png", np.arange(2400, dtype=np.uint16).reshape(40, 60)
+                  .clip(0, 150).astype(np.uint8))
+    data = datasets.Ade20k(str(tmp_path), "val", height=32, width=64)
+    assert data.native_label(0).flatten()[:152].tolist() == [datasets.IGNORE, *range(150), 149]
+    assert len(data.classes) == len(set(data.classes)) == len(set(data.colours)) == 150
+    assert [data.classes[i] for i in (0, 12, 20, 149)] == ["wall", "person", "car", "flag"]
+
+
+def test_nyu_from_its_mat_files(tmp_path, capsys, monkeypatch):
+    """Unpacked once, upright, in the official split; 40 or 13 classes; measured depth in metres and NYU's camera."""
+    h5py, io = pytest.importorskip("h5py"), pytest.importorskip("scipy.io")
+    root, generator = tmp_path / "nyu", np.random.default_rng(0)
+    code, _, errors = call(capsys, train_seg, *tiny_run(tmp_path, "--data", "nyu", "--data_path", str(tmp_path)))
+    assert_one_line(code, errors, ("train.txt", "datasets.py unpack"))
+    os.makedirs(root)
+    code, _, errors = call(capsys, datasets, "unpack", "--data_path", root)
+    assert_one_line(code, errors, ("nyu_depth_v2_labeled.mat", "splits.mat"))
+    images = generator.integers(0, 255, (3, 480, 640, 3), np.uint8)
+    labels, depth = generator.integers(0, 895, (3, 480, 640)), generator.uniform(0.7, 9, (3, 480, 640))
+    depth[:, :7] = 0
+    mapping = generator.integers(1, 41, 894)
+    with h5py.File(root / "nyu_depth_v2_labeled.mat", "w") as file:  # MATLAB stores columns first
+        file["images"], file["labels"] = images.transpose(0, 3, 2, 1), labels.transpose(0, 2, 1).astype(np.uint16)
+        file["rawDepths"] = depth.transpose(0, 2, 1).astype(np.float32)
+    io.savemat(root / "splits.mat", {"trainNdxs": np.array([[1], [3]]), "testNdxs": np.array([[2]])})
+    io.savemat(root / "classMapping40.mat", {"mapClass": mapping[None]})
+    code, _, errors = call(capsys, datasets, "unpack", "--data_path", root)
+    assert code == 0, errors
+
+    size = {"height": 480, "width": 640}
+    for cls in (datasets.Nyu, datasets.Nyu13):
+        data = cls(str(root), "val", **size)
+        assert len(cls(str(root), "train", **size)) == 2 and len(data) == 1
+        image, label = data.native(0)
+        assert (image.permute(1, 2, 0).numpy() == images[1]).all()
+        expected = np.append(255, mapping - 1)[labels[1]]
+        if cls is datasets.Nyu13:
+            expected = np.append(np.array(datasets.NYU13_OF_40) - 1, np.full(216, 255))[expected]
+        assert (label.numpy() == expected).all()
+    pairs = {"wall": "wall", "door": "wall", "bookshelf": "furniture", "desk": "table", "curtain": "window",
+             "television": "television", "floor mat": "floor", "lamp": "objects"}
+    of_40 = dict(zip(datasets.Nyu.classes, (datasets.Nyu13.classes[i - 1] for i in datasets.NYU13_OF_40), strict=True))
+    assert pairs.items() <= of_40.items()
+    clips = datasets.NyuClips(str(root), ["0"], with_depth=True, **size)
+    assert len(clips) == 3 and clips[1]["K"][0, 0] == pytest.approx(518.858)
+    assert (np.abs(clips[1]["depth"][0].numpy() - depth[1]) <= 0.0006).all()
+
+
+def test_nyu_raw_scenes(tmp_path):
+    for scene, numbers in (("kitchen_0001", (1, 2)), ("office_0002", (7,))):
+        for number in numbers:
+            write_image(tmp_path / scene / f"rgb_{number:05d}.jpg", 480, 640)
+            write_png(tmp_path / scene / f"sync_depth_{number:05d}.png", np.full((480, 640), 1500 * number, np.uint16))
+    clips = datasets.NyuClips(str(tmp_path), ["0"], with_depth=True, height=96, width=128)
+    assert [float(clips[i]["depth"].mean()) for i in range(3)] == [1.5, 3, 10.5]
+    assert len(datasets.NyuClips(str(tmp_path), ["0", "1"], height=96, width=128)) == 1
+
+
+# ------------------------------------------------------------------------------------ kinds of images
+
+def test_images_of_every_kind_become_rgb(tmp_path):
+    """As Pillow converts them; 16-bit by its upper byte, EXIF orientation applied."""
+    rgb = Image.open(write_image(tmp_path / "rgb.png"))
+    rotated = Image.Exif()
+    rotated[0x112] = 6
+    for name, image, options in (
+        ("gray.png", rgb.convert("L"), {}), ("gray.jpg", rgb.convert("L"), {}), ("bits.png", rgb.convert("1"), {}),
+        ("palette.png", rgb.quantize(32), {}), ("cmyk.jpg", rgb.convert("CMYK"), {}), ("progressive.jpg", rgb,
+                                                                                       {"progressive": True}),
+        ("opaque.png", rgb.convert("RGBA"), {}), ("gray_alpha.png", rgb.convert("LA"), {}),
+        ("turned.jpg", rgb, {"exif": rotated}), ("turned.png", rgb, {"exif": rotated}),
+        ("ein Bild ä 图.jpg", rgb, {}),
+    ):
+        image.save(tmp_path / name, **options)
+        expected = np.array(Image.open(tmp_path / name).convert("RGB"))
+        if "turned" in name:
+            expected = np.rot90(expected, -1)
+        ours = datasets.read_image(str(tmp_path / name))
+        assert ours.dtype == torch.uint8, name
+        assert (np.abs(ours.permute(1, 2, 0).numpy().astype(int) - expected) <= 1).all(), name
+    deep = np.arange(64 * 96, dtype=np.uint16).reshape(64, 96) * 10
+    ours = datasets.read_image(write_png(tmp_path / "deep.png", deep))
+    assert (ours.numpy() == (deep >> 8)).all()
+
+
+def test_images_that_are_refused(tmp_path, monkeypatch):
+    """Each with one line that names the file; a bomb before anything of it is decoded."""
+    rgb = Image.open(write_image(tmp_path / "rgb.png"))
+    half = rgb.convert("RGBA")
+    half.putalpha(Image.new("L", rgb.size, 128))
+    half.save(tmp_path / "glass.png")
+    rgb.quantize(32).save(tmp_path / "hole.png", transparency=3)
+    rgb.save(tmp_path / "film.gif")
+    os.makedirs(tmp_path / "folder.png")
+    os.symlink("loop.png", tmp_path / "loop.png")
+    write_image(tmp_path / "header.jpg")
+    with open(tmp_path / "header.jpg", "r+b") as file:
+        file.seek(2)
+        file.write(bytes(100))
+    for name, words in (("glass.png", "transparent"), ("hole.png", "transparent"), ("film.gif", "neither a JPEG nor"),
+                        ("folder.png", "directory"), ("loop.png", "symbolic links"), ("nowhere.png", "No such file"),
+                        ("header.jpg", "")):
+        with pytest.raises(utils.InputError, match=f"{name}: .*{words}") as refusal:
+            datasets.read_image(str(tmp_path / name))
+        assert "\n" not in str(refusal.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 96 // 2 - 1)
+    monkeypatch.setattr(datasets, "decode_image", None)
+    for read in (datasets.read_image, datasets.read_ids):
+        with pytest.raises(utils.InputError, match="rgb.png: .*(bomb|exceeds)"):
+            read(str(tmp_path / "rgb.png"))
+
+
+def test_labels_that_are_refused(tmp_path):
+    root = write_semantics(tmp_path, count=2)
+    data = datasets.KittiSemantics(root, "val", height=64, width=96)
+    path, colours = data.pairs[0][1], [value for colour in datasets.CITYSCAPES_COLOURS for value in colour]
+    label = np.full((64, 96), 7, np.uint8)
+
+    def refusal(image: Image.Image, words: str) -> None:
+        image.save(path)
+        with pytest.raises(utils.InputError, match=f"{path}: .*{words}"):
+            data.native(0)
+    refusal(Image.fromarray(label).convert("RGB"), "mode L or P .* RGB")
+    refusal(Image.fromarray(label.astype(np.uint16) * 100), "mode L or P .* I;16")
+    refusal(Image.fromarray(label[:32]), "label is .32, 96")
+    refusal(Image.fromarray(label + 40), "label id 47")
+    painted = Image.fromarray(label)
+    painted.putpalette(colours)  # entry 7, the road, has the colour of class 7, the traffic sign
+    refusal(painted, "id 7, road, in the colour of traffic sign")
+    painted.putpalette([0, 0, 0] * 7 + colours[:3])
+    painted.save(path)
+    assert data.native(0)[1].unique().tolist() == [0]
+
+
 # ------------------------------------------------------------------------------------ real data
 
 def test_real_kitti_calibration():
