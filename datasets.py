@@ -2101,16 +2101,15 @@ def contact_sheet(tiles: list[tuple[str, torch.Tensor]], title: str, legend: lis
 def check_command(args: argparse.Namespace) -> int:
     """Walk a data set before a run; exit code 2 when something is broken, all of which is listed."""
     cls, root = find_data(args.data, args.data_path, LABELLED if args.labels else CLIPS)
-    if cls is Packed:
-        raise InputError("--data packed: check the files before they are packed")
-    makers = {split: partial(cls, root, split) for split in ("train", "val")}
+    if cls is Packed or args.cache:
+        raise InputError("--data packed and --cache: check the files before they are packed")
+    makers = {split: partial(cls, root, split, height=64, width=64) for split in ("train", "val")}
     if not args.labels:
-        fov = {"fov": args.fov} if issubclass(cls, Frames) else {}
-        makers = {"clips": partial(cls, root, [str(f) for f in args.frame_ids], with_depth=args.depth, **fov)}
+        makers = {"clips": partial(find_clips, args, [str(f) for f in args.frame_ids], args.depth, fov=60.0)}
     problems, tiles, legend = [], [], []
     for part, make in makers.items():
         try:
-            dataset = make(height=64, width=64)
+            dataset = make()
         except InputError as error:
             problems.append(f"{part}: {error}")
             continue
@@ -2162,15 +2161,14 @@ def main() -> int:
     render.add_argument("--workers", type=within(int, 1, 256), default=2, help="processes")
     render.set_defaults(run=render_command)
     check = commands.add_parser("check", help="walk a data set before a run: what is there, and what is broken")
-    check.add_argument("--data", required=True, help=f"one of {', '.join(CLIPS | LABELLED)}")
+    add_clip_options(check)
     check.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
     check.add_argument("--labels", action="store_true", help="labelled images for train_seg.py, not clips")
     check.add_argument("--frame_ids", type=int, nargs="+", default=[0, -1, 1], help="of clips (default: 0 -1 1)")
     check.add_argument("--depth", action="store_true", help="walk the measured depth as well")
-    check.add_argument("--fov", type=within(float, 1, 178), default=60.0, help="of clips without intrinsics, degrees")
     check.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes")
     check.add_argument("--output", metavar="contact.png", help="write a picture of some samples")
-    check.set_defaults(run=check_command)
+    check.set_defaults(run=check_command, height=64, width=64)
     pack = commands.add_parser("pack", help="write a packed copy, for --cache, or to train on alone with --data packed")
     add_clip_options(pack)
     pack.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
