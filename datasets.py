@@ -16,6 +16,7 @@ import functools
 import io
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -883,8 +884,18 @@ def map_rows(folder: str, kind: str, size: tuple[int, int]) -> np.ndarray:
     """frames.bin as (N, 3, H, W) or depth.bin as (N, 1, H, W): mapped, not read."""
     path, (channels, dtype) = os.path.join(folder, f"{kind}.bin"), ROWS[kind]
     count = os.path.getsize(path) // row_bytes(kind, size) if os.path.exists(path) else 0
-    shape = count, channels, *size
-    return np.memmap(path, dtype, "r", shape=shape) if count else np.zeros(shape, dtype)
+    if count == 0:
+        return np.zeros((0, channels, *size), dtype)
+    rows = np.memmap(path, dtype, "r", shape=(count, channels, *size))
+    rows.base.madvise(mmap.MADV_RANDOM)  # the system's reading ahead may be megabytes for every row
+    return rows
+
+
+def read_row(rows: np.memmap, row: int) -> np.ndarray:
+    """One row, asked for in one go instead of page by page."""
+    start = row * rows[0].nbytes
+    rows.base.madvise(mmap.MADV_WILLNEED, start - start % mmap.PAGESIZE, rows[0].nbytes + start % mmap.PAGESIZE)
+    return rows[row]
 
 
 def file_state(path: str) -> str:
@@ -1069,12 +1080,12 @@ class Packed(Clips):
             raise InputError(self.broken.get(index, f"{self.file}: clip {index} could not be read when it was packed"))
         if clip["frames"].max() >= len(self.rows["frames"]) or clip["depth"] >= len(self.rows["depth"]):
             raise InputError(f"{self.folder} is damaged: delete it and pack again")
-        sample = {"frames": torch.from_numpy(np.stack([self.rows["frames"][row] for row in clip["frames"]])),
+        sample = {"frames": torch.from_numpy(np.stack([read_row(self.rows["frames"], row) for row in clip["frames"]])),
                   "K": torch.from_numpy(clip["K"].copy()), "index": index}
         if not np.isnan(clip["baseline"]):
             sample["stereo_T"] = translation_x(float(clip["baseline"]))
         if self.with_depth:
-            sample["depth"] = torch.from_numpy(self.rows["depth"][clip["depth"]].copy())
+            sample["depth"] = torch.from_numpy(read_row(self.rows["depth"], clip["depth"]).copy())
         return sample
 
 
