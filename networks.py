@@ -1,11 +1,12 @@
-"""Networks: ResNet encoder, U-Net decoder with exchangeable heads, pose and flow networks, weights from elsewhere.
+"""Networks: ResNets and ViTs with U-Net, DeepLabV3, DPT or linear decoders; pose and flow; weights from elsewhere.
 
 Parameter names follow Monodepth2's published checkpoints, so that its folders load as they are:
 `encoder.pth` -> `model.encoder`, `depth.pth` -> `model.decoder`, `pose_encoder.pth` -> `PoseNet.encoder`,
 `pose.pth` -> `PoseNet.decoder`.
 
     model = networks.build("unet", "resnet18", channels=19)       # a segmenter: logits at the finest scale
-    print(networks.load_weights(model, "runs/depth/model.pt"))    # encoder 120/120, decoder 20/22: head replaced
+    print(networks.load_weights(model, "runs/depth/model.pt", "segmentation"))
+    # depth2seg: encoder 120/120, decoder 20/22: head replaced
 """
 
 import argparse
@@ -338,7 +339,7 @@ def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,)
         features = VitEncoder(encoder, (VITS[encoder][1] - 1,)) if encoder in VITS else ResnetEncoder(encoder)
         size = features.channels[-1]
         model = Network(features, LastMapDecoder(features.stride, nn.BatchNorm2d(size), nn.Conv2d(size, channels, 1)))
-    model.decoder.heads = HEADS[arch]
+    model.decoder.heads, model.dpt_layers = HEADS[arch], dpt_layers
     if normalize_twice:  # (x - m) / s of (images - M) / S, in one
         features = model.encoder
         features.mean, features.std = IMAGENET_MEAN + IMAGENET_STD * features.mean, IMAGENET_STD * features.std
@@ -497,7 +498,7 @@ def recognise(path: str, content: dict) -> tuple[str, dict[str, dict]]:
             encoder["encoder.conv_proj.weight"] = weight * IMAGENET_STD / 0.5
             parts["decoder"] = {k: v[..., None, None] if k.startswith("readout.") and k.endswith("weight") else v
                                 for k, v in parts["decoder"].items()}
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError) as error:
         raise InputError(f"{path} looks like {name}, but is not whole: {str(error).splitlines()[0]}") from None
     return name, parts
 
@@ -608,6 +609,8 @@ def load_weights(model: nn.Module, path: str, task: str, parts: str = "all", pos
         fit(pose.encoder, pose_state, "pose_encoder", path)
     taken = [fit(model.encoder, state["encoder"], "encoder", path)]
     if parts == "all" and "decoder" in state:
+        if options.get("arch") == "dpt" and options.get("dpt_layers") != model.dpt_layers:
+            raise InputError(f"{path} was trained with --dpt_layers {options.get('dpt_layers')}: say so here, too")
         try:
             same_task = options.get("task") == task
             taken.append(fit(model.decoder, state["decoder"], "decoder", path, keep_head=same_task))

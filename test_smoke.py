@@ -2205,6 +2205,8 @@ def test_dpt_from_depth_to_segmentation(tmp_path, capsys, world, small_vits):
     code, _, errors = call(capsys, evaluate, "depth", "--weights", depth, "--data", "synthetic", "--data_path", world,
                            "--frames", "0:1")
     assert code == 0, errors
+    with pytest.raises(utils.InputError, match="--dpt_layers last"):
+        networks.load_weights(networks.build("dpt", "vit_s16", 19), depth, "segmentation")
     seg = arch_run(train_seg, capsys, world, tmp_path, "seg", *vit, "--init", depth)
     before, after = read_weights(depth), read_weights(seg)
     assert {key for key in before if before[key].shape != after[key].shape} == {
