@@ -734,7 +734,7 @@ def scale_option(text: str) -> float | str:
     return within(float, 1e-9)(text)
 
 
-def main() -> int:
+def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -795,7 +795,11 @@ def main() -> int:
     tables.add_argument("--figures", action="store_true", help="curves.png, bars.png, sizes.png as well (matplotlib)")
     tables.set_defaults(run=tables_command)
 
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_options()
     return args.run(args)
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -2235,6 +2236,76 @@ def test_linear_probe(tmp_path, capsys, world, small_vits):
     os.remove(os.path.join(seg, "result.json"))  # as if killed before its last line
     arch_run(train_seg, capsys, world, tmp_path, "probe", *options)
     assert networks.build("linear", "resnet18", 5)(smooth_images(2, 64, 96))[0].shape == (2, 5, 64, 96)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory, world) -> dict[str, str]:
+    """Folders in the true layouts of the data sets that run_all.sh names; labels are listed there, not read."""
+    root = tmp_path_factory.mktemp("stand_ins")
+
+    def touch(*parts: str) -> None:
+        path = root.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    shutil.copytree(world, root / "kitti")
+    for n in range(200):
+        touch("kitti", "training", "image_2", f"{n:06d}_10.png")
+        touch("kitti", "training", "semantic", f"{n:06d}_10.png")
+    write_cityscapes(str(root / "cityscapes"))
+    for split in ("train", "val"):
+        for n in range(20):
+            touch("cityscapes", "leftImg8bit", split, "ulm", f"ulm_{n:06d}_000030_leftImg8bit.png")
+            touch("cityscapes", "gtFine", split, "ulm", f"ulm_{n:06d}_000030_gtFine_labelIds.png")
+            touch("ade20k", "images", {"train": "training", "val": "validation"}[split], f"{n:08d}.jpg")
+            touch("ade20k", "annotations", {"train": "training", "val": "validation"}[split], f"{n:08d}.png")
+            touch("voc", "JPEGImages", f"{split}{n}.jpg")
+            touch("voc", "SegmentationClass", f"{split}{n}.png")
+            touch("nyu", "label40", f"{n:05d}.png")
+            if n < 3:
+                write_image(root / "nyu" / "image" / f"{n:05d}.png", 48, 64)
+                write_png(root / "nyu" / "depth" / f"{n:05d}.png", np.full((48, 64), 1500, np.uint16))
+            else:
+                touch("nyu", "image", f"{n:05d}.png")
+        lists = root / "voc" / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{split}.txt").write_text("".join(f"{split}{n}\n" for n in range(20)))
+        (root / "nyu" / {"train": "train.txt", "val": "test.txt"}[split]).write_text(
+            "".join(f"{n:05d}\n" for n in range(20)))
+    return {name: str(root / name) for name in ("kitti", "cityscapes", "ade20k", "voc", "nyu")} | {"synthetic":
+                                                                                                  str(root / "kitti")}
+
+
+@pytest.mark.parametrize("data", ("synthetic", "kitti"))
+def test_every_listed_job_parses_and_builds_its_model_and_data(data, stand_ins, monkeypatch):
+    environment = {**os.environ, "SEEDS": "0", "DATA": data, "DATA_PATH": stand_ins[data],
+                   **{name.upper(): stand_ins[name] for name in ("cityscapes", "ade20k", "voc", "nyu")}}
+    listing = subprocess.run(["bash", "run_all.sh", "list"], cwd=HERE, text=True, check=True, capture_output=True,
+                             env=environment).stdout.splitlines()
+    scripts = {"train_depth.py": train_depth, "train_seg.py": train_seg, "evaluate.py": evaluate}
+    folders, used = set(), set()
+    for line in listing:
+        _, script, *options = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        args = scripts[script].parse_options()
+        if script == "evaluate.py":
+            assert folders.issuperset(args.weights), line
+            continue
+        folders.add(os.path.join(args.log_dir, args.name))
+        if script == "train_depth.py":
+            args.cache = None
+            assert len(train_depth.make_dataset(args)) > 0
+            arch, channels = args.arch, {"depth": 1, "flow": 2, "reconstruction": 3}[args.task]
+        else:
+            train_set, _ = train_seg.make_datasets(args)
+            arch, channels = args.arch, len(train_set.classes)
+            assert args.train_size is None or len(train_set) == args.train_size >= args.batch_size, line
+            if args.init.startswith(args.log_dir):
+                assert args.init in folders, f"{args.name} starts from {args.init}, which no job before it trains"
+        if (arch, args.encoder, channels) not in used:
+            used.add((arch, args.encoder, channels))
+            with torch.device("meta"):
+                networks.build("flow" if channels == 2 else arch, args.encoder, channels)
 
 
 # ------------------------------------------------------------------------------------ errors as users meet them

@@ -89,6 +89,15 @@ def parse_options() -> argparse.Namespace:
     return args
 
 
+def make_datasets(args: argparse.Namespace) -> tuple[datasets.Labelled, datasets.Labelled]:
+    """The images to train on and those to evaluate on."""
+    cls, root = datasets.find_data(args.data, args.data_path, datasets.LABELLED)
+    size = {"height": args.height, "width": args.width}
+    train_set = cls(root, "train", train_size=args.train_size, split_seed=args.split_seed, augment=True, crop=args.crop,
+                    **size)
+    return train_set, cls(root, "val", **size)
+
+
 def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Adam, or SGD as for Cityscapes, over what is not frozen; each group's "factor" scales its learning rate."""
     groups = [{"params": [p for p in part.parameters() if p.requires_grad], "factor": factor} for part, factor in
@@ -138,11 +147,7 @@ def main() -> int:
     device = pick_device(args.device)
 
     # data
-    cls, root = datasets.find_data(args.data, args.data_path, datasets.LABELLED)
-    size = {"height": args.height, "width": args.width}
-    train_set = cls(root, "train", train_size=args.train_size, split_seed=args.split_seed, augment=True, crop=args.crop,
-                    **size)
-    val_set = cls(root, "val", **size)
+    train_set, val_set = make_datasets(args)
     if len(train_set) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(train_set)} images)")
     val_set.read_all()
