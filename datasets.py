@@ -2021,10 +2021,11 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
 
 def parse_range(text: str) -> tuple[int | None, int | None]:
     """"A:B" -> (A, B), either may be missing."""
-    match = re.fullmatch(r"(\d*):(\d*)", text)
-    if not match:
+    match = re.fullmatch(r"(\d{0,9}):(\d{0,9})", text)
+    start, stop = (int(part) if part else None for part in match.groups()) if match else (0, 0)
+    if stop is not None and (start or 0) >= stop:
         raise argparse.ArgumentTypeError(f"{text!r} is no range like 0:100")
-    return tuple(int(part) if part else None for part in match.groups())
+    return start, stop
 
 
 # ---------------------------------------------------------------------------------------------- walking a data set
@@ -2175,7 +2176,8 @@ def main() -> int:
     add_clip_options(check)
     check.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
     check.add_argument("--labels", action="store_true", help="labelled images for train_seg.py, not clips")
-    check.add_argument("--frame_ids", type=int, nargs="+", default=[0, -1, 1], help="of clips (default: 0 -1 1)")
+    check.add_argument("--frame_ids", type=within(int, -1000, 1000), nargs="+", default=[0, -1, 1],
+                       help="of clips (default: 0 -1 1)")
     check.add_argument("--depth", action="store_true", help="walk the measured depth as well")
     check.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes")
     check.add_argument("--output", metavar="contact.png", help="write a picture of some samples")

@@ -308,6 +308,8 @@ def ground_truth(dataset: datasets.KittiRaw, kind: str, exact: bool) -> tuple[st
 @torch.inference_mode()
 def depth_command(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
+    if args.min_eval >= args.max_eval:
+        raise InputError(f"--min_eval {args.min_eval:g} is not below --max_eval {args.max_eval:g}")
     if args.baseline:
         dataset = test_clips(args, args.frames, 32, 32)
         training = test_clips(args, args.train_frames, 32, 32)

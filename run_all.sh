@@ -273,8 +273,8 @@ list() {
 # one COMMAND: run it unless it is done; exit code 255 stops the others
 one() {
   local name log code=0
-  name=$(sed -E 's/.* --(name|output) ([^ ]+) .*/\2/' <<< "$1")
-  log="$RUNS/logs/$(basename "$name").txt"
+  name=$(sed -E 's/.* --(name|output) (([^ \\]|\\.)+) .*/\2/; s/.*\///' <<< "$1")  # \. is an escaped space
+  log="$RUNS/logs/$name.txt"
   if [ -f "$RUNS/$name/result.json" ]; then
     echo "done already: $name"
     return

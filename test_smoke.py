@@ -7,19 +7,26 @@ Tests on real images read ../shared/data or $DEPTH2SEG_DATA. Where a folder is a
 """
 
 import argparse
+import ast
+import collections
+import contextlib
 import csv
 import fnmatch
 import glob
+import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -1738,6 +1745,480 @@ def test_a_finished_run_says_so(capsys, world, log_dir, pretrained, fine_tuned):
             before == {name: os.path.getmtime(os.path.join(folder, name)) for name in before}
             and read_log(folder) == log
         )
+
+
+# ------------------------------------------------------------------------------------ a run that can be trusted
+
+FORKS = multiprocessing.get_context("forkserver")  # torch is imported once, in a process that forks the others
+FORKS.set_forkserver_preload(["test_smoke"])
+KILLS = int(os.environ.get("KILLS", "10"))  # in all, over the five kinds of training
+MUTATIONS = int(os.environ.get("FUZZ", "100"))
+MANY_STEPS = int(os.environ.get("MANY_STEPS", "60"))
+
+
+def run_forked(script: str, options: list[str], output: str) -> None:
+    """A script's main as the leader of a group of processes, on one thread; what it prints goes to a file."""
+    os.setsid()
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    sys.argv = [script, *options]
+    utils.run_main({"train_depth.py": train_depth, "train_seg.py": train_seg}[script].main)
+
+
+def launch(script: str, options: list[str], folder) -> tuple[multiprocessing.Process, str]:
+    """Start a script; the process, and the file of its output."""
+    os.makedirs(folder, exist_ok=True)
+    output = os.path.join(folder, "output.txt")
+    process = FORKS.Process(target=run_forked, args=(script, [str(option) for option in options], output))
+    process.start()
+    return process, output
+
+
+def wait_for(condition, process: multiprocessing.Process) -> None:
+    """Until a condition holds, or the process has ended."""
+    deadline = time.monotonic() + 240
+    while not condition() and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def wait_for_records(folder, count: int, process: multiprocessing.Process) -> None:
+    """Until the log has so many records."""
+    path = os.path.join(folder, "log.jsonl")
+    wait_for(lambda: os.path.exists(path) and open(path).read().count("\n") >= count, process)  # noqa: SIM115
+
+
+def read_text(path) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+def assert_same_runs(ours, theirs) -> None:
+    """Weights and log, bit by bit."""
+    assert differing(read_weights(str(ours)), read_weights(str(theirs))) == []
+    for first, second in zip(read_log(str(ours)), read_log(str(theirs)), strict=True):
+        assert {k: v for k, v in first.items() if "ms_" not in k and "samples_per_s" not in k} == {
+            k: v for k, v in second.items() if "ms_" not in k and "samples_per_s" not in k}
+
+
+@pytest.mark.parametrize("kind", ("mono", "stereo", "flow", "reconstruction", "segmentation"))
+def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path, world, pretrained, fine_tuned, kind):
+    """SIGKILL at random moments ($KILLS in all), with zero, one or two loader processes: the same bits in the end."""
+    if kind == "segmentation":
+        script, reference = "train_seg.py", fine_tuned("all")
+        options = fine_tuning_options("all", world, str(tmp_path), pretrained)
+    else:
+        script, reference, options = "train_depth.py", pretrained(kind), pretraining_options(kind, world, str(tmp_path))
+    folder, steps = tmp_path / os.path.basename(reference), read_json(reference, "result.json")["step"]
+    draw, kills = np.random.default_rng(), 0
+    while kills < KILLS / 5:
+        process, _ = launch(script, [*options, "--save_every", 1, "--num_workers", kills % 3], tmp_path)
+        wait_for_records(folder, draw.integers(steps), process)
+        time.sleep(draw.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        if os.path.exists(folder / "result.json"):  # it was faster: once more
+            shutil.rmtree(folder)
+        else:
+            kills += 1
+    process, output = launch(script, [*options, "--save_every", 1, "--num_workers", kills % 3], tmp_path)
+    process.join()
+    assert process.exitcode == 0, read_text(output)
+    assert_same_runs(folder, reference)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> tuple[str, list[str]]:
+    """A finished run of three steps, every one saved, and the options that made it, but its --log_dir."""
+    folder = tmp_path_factory.mktemp("small")
+    write_frames(folder / "video", range(1, 4), "png")
+    options = frames_run(folder, "--steps", 3, "--save_every", 1, "--log_every", 1, "--name", "run")
+    process, output = launch("train_depth.py", options, folder)
+    process.join()
+    assert process.exitcode == 0, read_text(output)
+    return str(folder / "runs"), options
+
+
+def unfinished_copy(small_run, folder) -> tuple[list[str], str]:
+    """The options of a copy of the small run, killed before its last checkpoint; and its folder."""
+    run = os.path.join(shutil.copytree(small_run[0], folder / "runs"), "run")
+    os.remove(os.path.join(run, "result.json"))
+    os.replace(os.path.join(run, "last.pt.1"), os.path.join(run, "last.pt"))
+    return [*small_run[1], "--log_dir", f"{folder}/runs"], run
+
+
+@pytest.mark.parametrize("several, code", ((False, utils.STOPPED), (True, -signal.SIGTERM)))
+def test_signals_to_a_whole_group(tmp_path, several, code):
+    """As a scheduler or Ctrl-C sends them, to loader processes too. A second signal ends the run at once."""
+    write_frames(tmp_path / "video", range(1, 4))
+    size = ("--height", 256, "--width", 512) if several else ()  # steps that are still running when the second comes
+    options = frames_run(tmp_path, "--steps", 1000, "--log_every", 1, "--name", "run", "--num_workers", 2, *size)
+    process, output = launch("train_depth.py", options, tmp_path)
+    wait_for_records(tmp_path / "runs" / "run", 1, process)
+    os.killpg(process.pid, signal.SIGTERM if several else signal.SIGINT)
+    if several:
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == code and "Traceback" not in read_text(output), read_text(output)
+    if not several:
+        step = networks.read_last(f"{tmp_path}/runs/run/last.pt")["step"]
+        assert f"stopped at step {step}, saved" in read_text(output)
+
+
+def cut(path: str) -> None:
+    truncate(path, 0.7)
+
+
+def empty(path: str) -> None:
+    truncate(path, 0)
+
+
+def flip_a_bit(path: str) -> None:
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+
+
+def plant_a_bomb(path: str) -> None:
+    torch.save({"step": Bomb(os.path.join(os.path.dirname(path), "executed"))}, path)
+
+
+def put_something_else(path: str) -> None:
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize("damage", (cut, empty, flip_a_bit, plant_a_bomb, put_something_else, os.remove))
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, small_run, damage):
+    """Named, in one line; and when that one is damaged too, the user is asked."""
+    run = shutil.copytree(f"{small_run[0]}/run", tmp_path / "run")
+    damage(f"{run}/last.pt")
+    assert networks.read_last(f"{run}/last.pt")["step"] == 2
+    line, = capsys.readouterr().out.splitlines()
+    assert f"{run}/last.pt" in line and f"{run}/last.pt.1" in line and not os.path.exists(f"{run}/last.pt.1")
+    if damage is not os.remove:
+        damage(f"{run}/last.pt")
+        with pytest.raises(utils.InputError, match=f"{run}/last.pt .*delete it to start again"):
+            networks.read_last(f"{run}/last.pt")
+    assert not os.path.exists(f"{run}/executed")
+
+
+def test_continuing_from_the_checkpoint_before_ends_the_same(tmp_path, capsys, small_run):
+    run = os.path.join(shutil.copytree(small_run[0], tmp_path / "runs"), "run")
+    os.remove(f"{run}/result.json")
+    cut(f"{run}/last.pt")
+    code, output, errors = call(capsys, train_depth, *small_run[1], "--log_dir", tmp_path / "runs", "--resume")
+    assert code == 0 and "last.pt.1" in output and "continues at step 2" in output, errors
+    assert_same_runs(run, f"{small_run[0]}/run")
+
+
+def test_a_full_disk_leaves_the_checkpoint(tmp_path, capsys, small_run):
+    """A limit on the size of files says what a full disk says."""
+    options, run = unfinished_copy(small_run, tmp_path)
+    before = Path(f"{run}/last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, limits[1]))
+    try:
+        code, _, errors = call(capsys, train_depth, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(code, errors, (f"could not write {run}/model.pt", "File too large"))
+    assert Path(f"{run}/last.pt").read_bytes() == before and not glob.glob(f"{run}/*.tmp")
+    assert call(capsys, train_depth, *options)[0] == 0
+    assert_same_runs(run, f"{small_run[0]}/run")
+
+
+def test_a_clock_set_back_harms_nothing(tmp_path, capsys, monkeypatch, small_run):
+    options, run = unfinished_copy(small_run, tmp_path)
+    hours = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1.7e9 - 3600 * next(hours))
+    assert call(capsys, train_depth, *options)[0] == 0
+    assert_same_runs(run, f"{small_run[0]}/run")
+
+
+@pytest.mark.parametrize("module", (train_depth, train_seg))
+def test_a_run_continues_with_its_own_options_only(tmp_path, monkeypatch, module):
+    """Every option of both scripts, but those that may change."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--log_dir", str(tmp_path)])
+    args = module.parse_options()
+    for option, value in vars(args).items():
+        then = {"args": {**vars(args), option: "another"}, "step": 1, "log_size": 0}
+        if option in utils.MAY_CHANGE:
+            utils.Run(args, "", lambda path, then=then: then)
+        else:
+            with pytest.raises(utils.InputError, match=re.escape(f"--{option} another there, {value} now")):
+                utils.Run(args, "", lambda path, then=then: then)
+
+
+def test_two_runs_of_one_name_and_a_lost_loader_process(tmp_path, capsys):
+    """While one runs, the second is refused. When a loader process is killed, a line says so, the checkpoint stays."""
+    write_frames(tmp_path / "video", range(1, 4))
+    options = frames_run(tmp_path, "--steps", 1000, "--log_every", 1, "--save_every", 1, "--name", "run")
+    process, output = launch("train_depth.py", [*options, "--num_workers", 1], tmp_path)
+    wait_for(lambda: os.path.exists(tmp_path / "runs" / "run" / "last.pt"), process)
+    code, _, errors = call(capsys, train_depth, *options)
+    assert_one_line(code, errors, (f"{tmp_path}/runs/run", "another process", "--name"))
+
+    worker = int(read_text(f"/proc/{process.pid}/task/{process.pid}/children").split()[0])
+    os.kill(worker, signal.SIGKILL)
+    process.join()
+    lines = [line for line in read_text(output).splitlines() if "error" in line]
+    assert process.exitcode == 1 and len(lines) == 1 and "worker" in lines[0] and "Traceback" not in read_text(output)
+    assert networks.read_last(f"{tmp_path}/runs/run/last.pt")["step"] >= 1
+
+
+def test_memory_stays_flat(tmp_path):
+    """Resident memory of a run of $MANY_STEPS steps, once warm: the same at its end, within 2 %."""
+    write_frames(tmp_path / "video", range(1, 4))
+    options = frames_run(tmp_path, "--steps", MANY_STEPS, "--log_every", 1, "--name", "run", "--num_workers", 1)
+    process, output = launch("train_depth.py", options, tmp_path)
+    log, samples = tmp_path / "runs" / "run" / "log.jsonl", []
+    while process.is_alive():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, IndexError):
+            steps = log.stat().st_size
+            pages = int(read_text(f"/proc/{process.pid}/statm").split()[1])
+            samples.append((steps, pages))
+        time.sleep(0.05)
+    assert process.exitcode == 0, read_text(output)
+    end = samples[-1][0]
+    warm = [pages for size, pages in samples if end * min(0.4, 500 / MANY_STEPS) < size < 0.6 * end]
+    late = [pages for size, pages in samples if size > 0.8 * end]
+    growth = max(late) / max(warm) - 1
+    print(f"memory: {max(warm) * 4 / 1024:.0f} MB when warm, {100 * growth:+.2f} % at the end of {MANY_STEPS} steps")
+    assert growth < 0.02
+
+
+def huge_weights(folder) -> str:
+    content = depth_checkpoint()
+    content["encoder"]["encoder.layer2.0.conv1.weight"] *= 1e38
+    return save_checkpoint(folder, content)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    write_frames(tmp_path / "video", range(1, 4))
+    options = frames_run(tmp_path, "--name", "run", "--init", huge_weights(tmp_path))
+    for detect, words in (([], "--detect"), (["--detect"], "encoder.encoder.layer2.0.conv1")):
+        code, _, errors = call(capsys, train_depth, *options, *detect)
+        assert re.match(r"stopped: loss is nan at step 1 \(samples \[\d\]\).*" + words, code) and not errors
+    assert not glob.glob(f"{tmp_path}/runs/run/*.pt")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch, small_run):
+    """The loss is fine; the derivative of a root at zero is not. The checkpoint stays as it was."""
+    def with_a_root(images, pyramid, removed):
+        return real(images, pyramid, removed) + (images[3] * 0).mean().sqrt()
+
+    real = losses.reconstruction_loss
+    monkeypatch.setattr(losses, "reconstruction_loss", with_a_root)
+    options, run = unfinished_copy(small_run, tmp_path)
+    before = Path(f"{run}/last.pt").read_bytes()
+    for detect, words in (([], "--detect"), (["--detect"], "Function 'MulBackward0'")):
+        code, _, errors = call(capsys, train_depth, *options, *detect)
+        assert code.startswith("stopped: the gradient of decoder.decoder.13") and not errors
+        assert "at step 3 (samples [" in code and words in code
+    assert "test_smoke.py line" in code and "with_a_root" in code
+    assert Path(f"{run}/last.pt").read_bytes() == before
+
+
+def parsers(monkeypatch) -> dict[str, argparse.ArgumentParser]:
+    """The option parsers of every script and command, by name."""
+    found = {}
+
+    def remember(self, *arguments):
+        found[self.prog] = self
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found.update({f"{self.prog} {name}": parser for name, parser in action.choices.items()})
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", remember)
+    for module in (train_depth, train_seg, evaluate, datasets):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
+        with contextlib.suppress(SystemExit):
+            module.main()
+    return found
+
+
+def test_every_number_has_a_range(monkeypatch):
+    """No option of any script takes nan, inf, or a number without bounds."""
+    checked = 0
+    for name, parser in parsers(monkeypatch).items():
+        for action in parser._actions:
+            if action.type is None or action.type is datasets.parse_range:
+                continue
+            for text in ("nan", "inf", "-inf", "1e30", "-1e30", str(10 ** 30), str(-10 ** 30), "", "x"):
+                with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+                    print(name, action.dest, action.type(text))
+            checked += 1
+    assert checked > 25
+
+
+@pytest.mark.parametrize("module, options, words", (
+    (train_depth, ["--steps", "0"], ("--steps 0", "1 to")),
+    (train_depth, ["--learning_rate", "nan"], ("--learning_rate nan",)),
+    (train_seg, ["--batch_size", "many"], ("--batch_size", "many")),
+    (train_seg, ["--arch", "none"], ("--arch", "none", "unet")),
+    (train_seg, ["--colour"], ("--colour",)),
+    (train_seg, ["--steps"], ("--steps",)),
+    (evaluate, ["seg"], ("--weights",)),
+    (evaluate, [], ("command",)),
+    (evaluate, ["depth", "--weights", "x", "--min_eval", "5", "--max_eval", "4"], ("--min_eval", "--max_eval")),
+    (datasets, ["render", "--drives", "-1"], ("--drives -1",)),
+    (train_depth, ["--device", "cuda:99"], ("--device cuda:99",)),
+    (train_depth, ["--frames", "5:1", "--data", "frames"], ("--frames",)),
+))
+def test_mistaken_options_are_one_line(tmp_path, capsys, monkeypatch, module, options, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = call(capsys, module, *options)
+    assert_one_line(code, errors, words)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ("depth", "seg", "predict", "grid"))
+def test_a_pickle_bomb_as_weights_does_not_run(tmp_path, capsys, command):
+    path, output = save_checkpoint(tmp_path, {"encoder": Bomb(f"{tmp_path}/executed")}), ("--output", f"{tmp_path}/out")
+    picture = [write_image(tmp_path / "street.png")] if command in ("predict", "grid") else []
+    code, _, errors = call(capsys, evaluate, command, *picture, "--weights", path, *output)
+    assert_one_line(code, errors, (path,))
+    assert not os.path.exists(tmp_path / "executed")
+
+
+def test_nothing_reads_code_from_files():
+    """No unpickling but torch.load with weights_only=True, no eval or exec, no shell."""
+    for path in glob.glob(os.path.join(HERE, "*.py")):
+        if os.path.basename(path) == "test_smoke.py":
+            continue
+        for node in ast.walk(ast.parse(read_text(path))):
+            if isinstance(node, ast.Call):
+                name, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert name not in ("eval", "exec", "os.system", "os.popen", "torch.hub.load"), path
+                assert name != "torch.load" or keywords.get("weights_only") == "True", path
+                assert keywords.get("shell", "False") == "False" and keywords.get("allow_pickle") != "True", path
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "pickle" not in ast.unparse(node), path
+
+
+def test_run_all_survives_spaces(tmp_path):
+    """Every path with a space, and a Python that only leaves results; what is done is not done again."""
+    python = tmp_path / "a python"
+    python.write_text("""#!/usr/bin/env bash
+        for word in "$@"; do
+          case $last in --name) name=$word ;; --log_dir) runs=$word ;; --data_path) [ -d "$word" ] || exit 2 ;; esac
+          last=$word
+        done
+        [ -z "${name:-}" ] || { mkdir -p "$runs/$name" && echo {} > "$runs/$name/result.json" && echo "ran $1"; }
+    """)
+    python.chmod(0o755)
+    os.makedirs(tmp_path / "my data")
+    settings = {"PYTHON": str(python), "DATA_PATH": f"{tmp_path}/my data", "RUNS": f"{tmp_path}/my runs", "SEEDS": "0"}
+    for words in ("ran train_seg.py", "done already"):
+        done = subprocess.run(["bash", os.path.join(HERE, "run_all.sh")], env={**os.environ, **settings}, text=True,
+                              capture_output=True, check=False)
+        assert done.returncode == 0 and not done.stderr and words in done.stdout, done.stdout + done.stderr
+    assert {"depthrand_resnet18", "logs"} < set(os.listdir(tmp_path / "my runs"))
+    assert "core.png.txt" in os.listdir(tmp_path / "my runs" / "logs")
+
+
+def test_shell_scripts_pass_shellcheck():
+    shellcheck = shutil.which("shellcheck") or os.path.join(os.path.dirname(sys.executable), "shellcheck")
+    if not os.path.exists(shellcheck):
+        pytest.skip("no shellcheck")
+    done = subprocess.run([shellcheck, "run_all.sh", ".ci/run"], cwd=HERE, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+# What the fuzz test damages: files, and a function that reads them all as the scripts do, into tensors.
+
+def read_samples(dataset) -> list[torch.Tensor]:
+    return [value for index in range(len(dataset)) for value in dataset[index].values() if torch.is_tensor(value)]
+
+
+def read_run(folder: str) -> list[torch.Tensor]:
+    model, options = networks.load_model(f"{folder}/model.pt")
+    assert 64 <= options["height"] <= 8192
+    checkpoint = networks.read_last(f"{folder}/last.pt")
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    assert networks.restore(checkpoint, optimizer, model) == checkpoint["step"]
+    return [*model.state_dict().values(), *(state["exp_avg"] for state in optimizer.state.values())]
+
+
+def fuzzed(world: str, small_run, folder) -> dict:
+    """Copies of what is damaged."""
+    frames, kitti, labels, run = (str(folder / name) for name in ("frames", "kitti", "labels", "runs"))
+    write_frames(frames, range(1, 4), "png")
+    write_image(f"{frames}/frame4.jpg")
+    os.makedirs(f"{frames}/depth")
+    for number in (1, 2, 3):
+        depth = np.random.default_rng(number).integers(500, 60000, (64, 96)).astype(np.uint16)
+        Image.fromarray(depth).save(f"{frames}/depth/frame{number}.png")
+    shutil.copytree(world, kitti, ignore=shutil.ignore_patterns("training", "*9002*"))
+    write_semantics(labels, 3)
+    shutil.copytree(f"{small_run[0]}/run", run, ignore=shutil.ignore_patterns("*.1", "lock"))
+    size = {"height": 64, "width": 64}
+    read = {
+        frames: lambda: read_samples(datasets.Frames(frames, ["0", "1"], **size))
+        + read_samples(datasets.Frames(frames, ["0"], with_depth=True, **size)),
+        kitti: lambda: read_samples(datasets.KittiRaw(kitti, ["0", "s"], with_depth=True, frames=(1, 3), **size)),
+        labels: lambda: read_samples(datasets.KittiSemantics(labels, "train", **size))
+        + read_samples(datasets.KittiSemantics(labels, "val", **size)),
+        run: lambda: read_run(run),
+    }
+    return {place: (sorted(str(path) for path in Path(place).rglob("*.*") if path.is_file()), how)
+            for place, how in read.items()}
+
+
+def mutate(path: str, other: str, draw: np.random.Generator) -> str:
+    """Flip bytes of a file, cut it, or swap it with another; what was done."""
+    size, kind = os.path.getsize(path), ("flip", "cut", "swap")[draw.integers(3)]
+    if kind == "swap":
+        os.rename(path, f"{path}.aside")
+        os.rename(other, path)
+        os.rename(f"{path}.aside", other)
+    elif kind == "cut":
+        os.truncate(path, draw.integers(size))
+    else:
+        with open(path, "r+b") as file:
+            for position in draw.integers(size, size=draw.integers(1, 5)):
+                file.seek(position)
+                file.write(bytes([draw.integers(256)]))
+    return kind
+
+
+def test_fuzz(world, small_run, tmp_path):
+    """$FUZZ random mutations of files: each is refused in a line, or changes nothing that a checksum covers."""
+    places = fuzzed(world, small_run, tmp_path)
+    reference = {place: read() for place, (_, read) in places.items()}
+    draw, outcomes = np.random.default_rng(int(os.environ.get("FUZZ_SEED", "0"))), collections.Counter()
+    for number in range(MUTATIONS):
+        place = draw.choice(list(places), p=(0.3, 0.3, 0.3, 0.1))  # checkpoints take longer
+        path = str(draw.choice(places[place][0]))
+        other = str(draw.choice([p for paths, _ in places.values() for p in paths if p != path]))
+        content, other_content = Path(path).read_bytes(), Path(other).read_bytes()
+        kind = mutate(path, other, draw)
+        what, start = f"mutation {number}: {kind} {path}" + f" {other}" * (kind == "swap"), time.monotonic()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                result = places[place][1]()
+        except utils.InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600, what
+            outcomes["refused"] += 1
+        except Exception as error:
+            raise AssertionError(what) from error
+        else:
+            assert all(value.isfinite().all() for value in result), what
+            same = len(result) == len(reference[place]) and all(map(torch.equal, result, reference[place]))
+            assert same or kind == "swap" or path.endswith((".jpg", ".txt", ".bin")), what
+            outcomes["harmless" if same else "another input"] += 1
+        assert time.monotonic() - start < 20, what
+        Path(path).write_bytes(content)
+        if kind == "swap":
+            Path(other).write_bytes(other_content)
+    print(f"{MUTATIONS} mutations: {dict(outcomes)}")
 
 
 # ------------------------------------------------------------------------------------ evaluate.py

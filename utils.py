@@ -104,10 +104,10 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_previous
         if keep_previous and os.path.exists(path):
             os.replace(path, f"{path}.1")
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save may turn the one into the other
+    except (OSError, RuntimeError) as error:
         with suppress(OSError):
             os.remove(temporary)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = error.__context__ or error  # torch.save ends with an error of its own
         raise InputError(f"could not write {path}: {reason} (what was there before is untouched)") from None
 
 
