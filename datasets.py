@@ -121,14 +121,16 @@ def read_image(path: str) -> torch.Tensor:
 
 def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
     """A PNG of one channel as it is stored, (H, W): label ids (Pillow's modes L, P) or 16-bit depth (I;16, I)."""
+    content = read_bytes(path).numpy().tobytes()
+    if not whole_png(content):  # Pillow does not compare checksums
+        raise InputError(f"{path}: not a PNG file, or a truncated or damaged one")
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             if image.mode not in modes:
                 raise InputError(f"{path}: a PNG of mode {' or '.join(modes)} is expected, this one is {image.mode}")
             return np.array(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, FileNotFoundError) else error
-        raise InputError(f"{path}: not a readable image ({reason})") from None
+        raise InputError(f"{path}: not a readable image ({error})") from None
 
 
 def list_folder(path: str) -> list[str]:
@@ -1951,22 +1953,25 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labell
     taken for one of KITTI's splits.
     """
     root = Path(root)
-    if root.exists():
-        raise InputError(f"{root} exists already")
-    unfinished = root.with_name(root.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    day, camera = unfinished / "2011_09_26", (camera_matrix(height, width), height, width)
-    write_calibration(day, *camera)
-    seeds = range(1000 * seed, 1000 * (seed + 1))  # drives from the first on, labelled worlds from the middle on
-    jobs = [partial(render_drive, day / f"{day.name}_drive_{9001 + i}_sync", seeds[i], frames, *camera)
-            for i in range(drives)]
-    jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i:], range(i, min(i + 10, labelled)),
-                     *camera)
-             for i in range(0, labelled, 10)]
-    with get_context("fork").Pool(workers) as pool:
-        for _ in tqdm(pool.imap_unordered(run_job, jobs), total=len(jobs), desc="rendering worlds"):
-            pass
-    unfinished.rename(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(root.with_name(f"{root.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be rendering the same
+        if root.exists():
+            raise InputError(f"{root} exists already")
+        unfinished = root.with_name(f"{root.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        day, camera = unfinished / "2011_09_26", (camera_matrix(height, width), height, width)
+        write_calibration(day, *camera)
+        seeds = range(1000 * seed, 1000 * (seed + 1))  # drives from the first on, labelled worlds from the middle on
+        jobs = [partial(render_drive, day / f"{day.name}_drive_{9001 + i}_sync", seeds[i], frames, *camera)
+                for i in range(drives)]
+        jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i:], range(i, min(i + 10, labelled)),
+                         *camera)
+                 for i in range(0, labelled, 10)]
+        with get_context("fork").Pool(workers) as pool:
+            for _ in tqdm(pool.imap_unordered(run_job, jobs), total=len(jobs), desc="rendering worlds"):
+                pass
+        unfinished.rename(root)
 
 
 # ---------------------------------------------------------------------------------------------- by name
@@ -1983,7 +1988,11 @@ def find_data(name: str, path: str | None, known: dict) -> tuple[type, str]:
         raise InputError(f"--data {name}: unknown here, choose from {', '.join(known)}")
     path = path or os.path.join("data", name)
     if name == "synthetic" and not os.path.exists(path):
-        render_synthetic(path)
+        try:
+            render_synthetic(path)
+        except InputError:
+            if not os.path.exists(path):  # else another process was faster
+                raise
     if not os.path.exists(path):
         raise InputError(f"{path}: no such folder; give the root of {name} with --data_path (README, Data: its layout)")
     return known[name], path

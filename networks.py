@@ -391,7 +391,8 @@ def read_last(path: str) -> dict | None:
         return None
     try:
         checkpoint = read_tensors(path)
-        if not {"step", "args", "log_size", "model", "optimizer"} <= checkpoint.keys():
+        kinds = {"step": int, "args": dict, "log_size": int, "model": dict, "optimizer": dict}
+        if not all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
             raise InputError(f"{path} is no checkpoint of a run")
     except InputError as error:
         if not os.path.exists(older):
@@ -422,7 +423,7 @@ def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, model: nn
         for name, part in parts_of(model, pose).items():
             part.load_state_dict(checkpoint["model"][name])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (KeyError, ValueError, RuntimeError) as error:  # from another version of the code
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:  # from another version of the code
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"the run's last.pt does not fit its networks ({reason}): give another --name") from None
     return checkpoint["step"]

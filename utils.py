@@ -196,14 +196,13 @@ class Meter:
     """Means of loss terms and times between two log records; terms stay on the device, so that no step waits."""
 
     def __init__(self):
-        self.terms, self.data_seconds, self.start = [], 0.0, time.perf_counter()
+        self.sums, self.steps, self.data_seconds, self.start = {}, 0, 0.0, time.perf_counter()
 
     def add(self, terms: dict[str, torch.Tensor], data_seconds: float) -> None:
-        self.terms.append({key: value.detach() for key, value in terms.items()})
-        self.data_seconds += data_seconds
+        self.sums = {key: self.sums.get(key, 0) + value.detach() for key, value in terms.items()}
+        self.steps, self.data_seconds = self.steps + 1, self.data_seconds + data_seconds
 
     def record(self, batch_size: int) -> dict:
-        steps, seconds = len(self.terms), time.perf_counter() - self.start
-        means = {key: float(sum(terms[key] for terms in self.terms)) / steps for key in self.terms[0]}
-        return {**means, "ms_per_step": 1000 * seconds / steps, "ms_data": 1000 * self.data_seconds / steps,
-                "samples_per_s": batch_size * steps / seconds}
+        seconds, means = time.perf_counter() - self.start, {k: float(v) / self.steps for k, v in self.sums.items()}
+        return {**means, "ms_per_step": 1000 * seconds / self.steps, "ms_data": 1000 * self.data_seconds / self.steps,
+                "samples_per_s": batch_size * self.steps / seconds}
