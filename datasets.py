@@ -239,14 +239,15 @@ def crop_and_flip(sample: dict, crop: tuple[int, int] | None, rng: np.random.Gen
             sample["K"][0, 2] = width - 1 - sample["K"][0, 2]
     if flip and "stereo_T" in sample:
         sample["stereo_T"][0, 3] *= -1
-    return sample
+    return {**sample, "flip": flip}
 
 
 # ---------------------------------------------------------------------------------------------- batches on the device
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Move a batch, then turn image bytes into floats in [0, 1]."""
-    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    """Move a batch, then turn image bytes into floats in [0, 1]. Which samples they are remains to be read here."""
+    batch = {key: value if key in ("index", "flip") else value.to(device, non_blocking=True)
+             for key, value in batch.items()}
     return {key: value.float() / 255 if value.dtype == torch.uint8 else value for key, value in batch.items()}
 
 
