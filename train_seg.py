@@ -256,7 +256,7 @@ def main() -> int:
         if step == 0 or done % args.save_every == 0 or last:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
         if done % args.save_every == 0 or last:
-            run.save(done, networks.state(model), optimizer, options)
+            networks.save(run, done, options, optimizer, model)
         if last:
             break
 
