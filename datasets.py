@@ -222,6 +222,7 @@ def crop_and_flip(sample: dict, crop: tuple[int, int] | None, rng: np.random.Gen
     """The same random crop (height, width) and horizontal flip for images, K, stereo pose, depth and label of a sample.
 
     Works on the last two axes of every map. A flip mirrors the world: cx -> W - 1 - cx, the other camera changes side.
+    Adds "mirrored": whether it did.
     """
     maps = [key for key in ("frames", "image", "depth", "label") if key in sample]
     height, width = sample[maps[0]].shape[-2:]
@@ -237,17 +238,17 @@ def crop_and_flip(sample: dict, crop: tuple[int, int] | None, rng: np.random.Gen
         sample["K"][1, 2] -= top
         if flip:
             sample["K"][0, 2] = width - 1 - sample["K"][0, 2]
+        sample["mirrored"] = flip
     if flip and "stereo_T" in sample:
         sample["stereo_T"][0, 3] *= -1
-    return {**sample, "flip": flip}
+    return sample
 
 
 # ---------------------------------------------------------------------------------------------- batches on the device
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Move a batch, then turn image bytes into floats in [0, 1]. Which samples they are remains to be read here."""
-    batch = {key: value if key in ("index", "flip") else value.to(device, non_blocking=True)
-             for key, value in batch.items()}
+    """Move a batch, then turn image bytes into floats in [0, 1]."""
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     return {key: value.float() / 255 if value.dtype == torch.uint8 else value for key, value in batch.items()}
 
 
@@ -409,6 +410,7 @@ class Clips(Dataset):
 
     name = "clips"
     dropped = ""  # what was left out at the start and why, for the log
+    camera = None  # number of each sample's camera, see `find_cameras`
 
     def __init__(self, samples: list[dict], height: int, width: int, augment: bool = False,
                  crop: tuple[int, int] | None = None, with_depth: bool = False, min_motion: float = 0):
@@ -432,6 +434,10 @@ class Clips(Dataset):
     def depth_files(self, depth: object) -> list[str]:
         """The files that `depth_map` reads."""
         return [depth[0] if isinstance(depth, tuple) else depth]
+
+    def targets(self) -> list[str]:
+        """The target's file of every sample."""
+        return [sample["images"][0] for sample in self.samples]
 
     def load(self, path: str) -> tuple[torch.Tensor, tuple[int, int]]:
         """Resized image (3, H, W) uint8 and its native (height, width)."""
@@ -465,6 +471,8 @@ class Clips(Dataset):
     def __getitem__(self, item: int | tuple[int, tuple[int, int]]) -> dict:
         index, draw = item if isinstance(item, tuple) else (item, (0, 0))
         sample = self.read(index)
+        if self.camera is not None:
+            sample["camera"] = self.camera[index]
         return crop_and_flip(sample, self.crop, np.random.default_rng(draw)) if self.augment else sample
 
 
@@ -486,6 +494,27 @@ class Clips(Dataset):
             attempt(check_geometry, record, [size for _, size in thumbnails])
             row |= {"size": thumbnails[0][1], "K": tuple(record["K"].flat), "motion": motion(record["images"])}
         return row
+
+
+def find_cameras(dataset: Clips,
+                 fov: float | None) -> tuple[list[str], list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+    """The cameras behind a data set, one for each folder of images, for intrinsics to be learned.
+
+    Returns the folders, their images' native (height, width), the intrinsics (cameras, 3, 3) that come with them, and
+    those to start from, which follow from the horizontal field of view where `fov` says it: both for whole images at
+    the data set's size. From now on every sample has the number of its "camera".
+    """
+    targets = dataset.targets()
+    folders, first, dataset.camera = np.unique([os.path.dirname(path) for path in targets], return_index=True,
+                                               return_inverse=True)
+    shapes = []
+    for index in first:
+        with Image.open(targets[index]) as image:
+            shapes.append(image.size[::-1])
+    given = torch.stack([dataset.read(index)["K"] for index in first])
+    start = given if fov is None else torch.stack([torch.from_numpy(
+        resize_intrinsics(fov_intrinsics(shape[1], shape[0], fov), shape, dataset.size)).float() for shape in shapes])
+    return folders.tolist(), shapes, given, start
 
 
 def translation_x(x: float) -> torch.Tensor:
@@ -1029,7 +1058,7 @@ def packed(dataset: Clips, cache: str) -> "Packed":
             clips["frames"][index], broken[index] = -1, str(error)
     copy = Packed(cache, [], clips=clips, height=size[0], width=size[1], augment=dataset.augment, crop=dataset.crop,
                   with_depth=dataset.with_depth)
-    copy.name, copy.dropped, copy.broken = dataset.name, dataset.dropped, broken
+    copy.name, copy.dropped, copy.broken, copy.files = dataset.name, dataset.dropped, broken, dataset.targets()
     return copy
 
 
@@ -1046,6 +1075,7 @@ class Packed(Clips):
     """
 
     name, broken = "packed clips", {}  # index of a clip -> why it cannot be read
+    files = None  # of the targets, where they are known
 
     def __init__(self, root: str, frame_ids: list[str], clips: np.ndarray | None = None, drives: None = None,
                  frames: tuple = (None, None), min_motion: float = 0, **options):
@@ -1061,6 +1091,12 @@ class Packed(Clips):
         self.samples = range(len(self.clips))
         if self.with_depth and self.clips["depth"][0] < 0:
             raise InputError(f"{self.file}: packed without depth")
+
+    def targets(self) -> list[str]:
+        if self.files is None:
+            raise InputError(f"{self.file} does not say which camera took a frame, as --intrinsics learned must know: "
+                             "give --data and --data_path of the images")
+        return self.files
 
     def _map(self) -> None:
         self.rows = {kind: map_rows(self.folder, kind, self.size) for kind in ROWS}
@@ -2010,7 +2046,8 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
                        help="leave out targets that differ from a source frame by less than X on average, of 255 "
                             "(try 2 where the camera stands still)")
     group.add_argument("--fov", type=within(float, 1, 178),
-                       help="horizontal field of view in degrees, where the images come without intrinsics")
+                       help="horizontal field of view in degrees, where the images come without intrinsics; with "
+                            "--intrinsics learned, whatever they come with, the first guess")
     group.add_argument("--depth_scale", type=within(float, 1e-3), default=1000,
                        help="of --data frames: depth PNG value of one metre")
     group.add_argument("--cache", metavar="FOLDER",

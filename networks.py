@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import re
-import sys
 import zipfile
 
 import torch
@@ -22,7 +21,7 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from utils import InputError, Run, write_atomically
+from utils import InputError
 
 RESNETS = {"resnet18": (64, 64, 128, 256, 512), "resnet50": (64, 256, 512, 1024, 2048)}  # channels of the five features
 VITS = {f"vit_{size}{patch}": (patch, *shape) for patch in (14, 16)  # patch, blocks, heads, width
@@ -305,6 +304,46 @@ class PoseNet(nn.Module):
         return axisangle[:, 0], translation[:, 0]
 
 
+class Intrinsics(nn.Module):
+    """Learned intrinsics of each camera, for video whose calibration is unknown (Section 5).
+
+    given, start: (cameras, 3, 3), what the data set says and where to start from, for whole images of `size` (height,
+    width). Bounded: the focal lengths stay within a factor of 3 of the start, their ratio within 10 % (pixels are
+    nearly square), the principal point within a quarter of the image. A focal length shows where the camera turns, the
+    more the further it does between two frames; while it only drives straight on, any will do.
+    """
+
+    def __init__(self, given: torch.Tensor, start: torch.Tensor, size: tuple[int, int]):
+        super().__init__()
+        self.size = size
+        self.register_buffer("given", given.clone())
+        self.register_buffer("start", start.clone())
+        self.focal, self.ratio = (nn.Parameter(torch.zeros(len(start), 1)) for _ in range(2))
+        self.centre = nn.Parameter(torch.zeros(len(start), 2))
+
+    def cameras(self) -> torch.Tensor:
+        """K (cameras, 3, 3) of whole images, as learned so far."""
+        ratio = math.log(1.1) / 2 * self.ratio.tanh()
+        scale = (math.log(3) * self.focal.tanh() + torch.cat([ratio, -ratio], 1)).exp()
+        shift = 0.25 * self.start.new_tensor([self.size[1], self.size[0]]) * self.centre.tanh()
+        return self.start * (1 + F.pad(scale - 1, (0, 1)).diag_embed()) + F.pad(shift[..., None], (2, 0, 0, 1))
+
+    def forward(self, K: torch.Tensor, camera: torch.Tensor,
+                mirrored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K (B, 3, 3), as the data set gives it, of maybe cropped and mirrored images (B,) of cameras (B,), corrected.
+
+        A crop keeps focal lengths and moves the principal point, a mirror image turns its way around: what is learned
+        changes both by the same amount as in the whole image. Also returns the unit (B, 3) of what a pose network says
+        of turning about and moving along x, y and z: with x and y per focal length, that is in pixels, the focal length
+        may change without undoing what the pose has learned.
+        """
+        change = (self.cameras() - self.given)[camera]
+        sign = torch.ones_like(K)
+        sign[:, 0, 2] -= 2 * mirrored
+        per_focal_length = (-math.log(3) * self.focal[camera].tanh()).exp()
+        return K + sign * change, F.pad(per_focal_length.expand(-1, 2), (0, 1), value=1)
+
+
 # ---------------------------------------------------------------------------------------------- building by name
 
 def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,), normalize_twice: bool = False,
@@ -404,48 +443,32 @@ def read_last(path: str) -> dict | None:
     return checkpoint
 
 
-def parts_of(model: nn.Module, pose: nn.Module | None = None) -> dict[str, nn.Module]:
-    """The parts that checkpoints tell apart: "encoder", "decoder", and of a PoseNet "pose_encoder", "pose"."""
-    parts = {"encoder": model.encoder, "decoder": model.decoder}
-    return parts if pose is None else {**parts, "pose_encoder": pose.encoder, "pose": pose.decoder}
+def parts_of(model: nn.Module, pose: nn.Module | None = None,
+             intrinsics: nn.Module | None = None) -> dict[str, nn.Module]:
+    """The parts that checkpoints tell apart: "encoder", "decoder", a PoseNet's "pose_encoder" and "pose", "intrinsics"."""
+    parts = {"encoder": model.encoder, "decoder": model.decoder, "intrinsics": intrinsics}
+    if pose is not None:
+        parts |= {"pose_encoder": pose.encoder, "pose": pose.decoder}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
-def state(model: nn.Module, pose: nn.Module | None = None) -> dict[str, dict]:
-    """State dicts by part, as checkpoints hold them."""
-    return {name: part.state_dict() for name, part in parts_of(model, pose).items()}
+def state(*networks: nn.Module | None) -> dict[str, dict]:
+    """State dicts by part, as checkpoints hold them; arguments as those of `parts_of`."""
+    return {name: part.state_dict() for name, part in parts_of(*networks).items()}
 
 
-def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, model: nn.Module,
-            pose: nn.Module | None = None) -> int:
+def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, *networks: nn.Module | None) -> int:
     """Put networks and optimiser to where a run's checkpoint left them; the number of steps done, 0 without one."""
     if checkpoint is None:
         return 0
     try:
-        for name, part in parts_of(model, pose).items():
+        for name, part in parts_of(*networks).items():
             part.load_state_dict(checkpoint["model"][name])
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:  # from another version of the code
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"the run's last.pt does not fit its networks ({reason}): give another --name") from None
     return checkpoint["step"]
-
-
-def save(run: Run, step: int, options: dict, optimizer: torch.optim.Optimizer, model: nn.Module,
-         pose: nn.Module | None = None) -> None:
-    """A run's model.pt, to use, and last.pt, to continue: no more is needed, as draws are functions of (seed, step).
-
-    Weights that are not finite end the run and leave both files as they were.
-    """
-    parts = state(model, pose)
-    for name, part in parts.items():
-        if not all(torch.isfinite(value).all() for value in part.values()):
-            sys.exit(f"stopped: weights of the {name} are not finite after step {step}, nothing was overwritten")
-    content = {"options": {**options, "steps": step}, **parts}
-    write_atomically(run.path("model.pt"), lambda file: torch.save(content, file))
-    os.fsync(run.log_file.fileno())
-    last = {"step": step, "args": vars(run.args), "log_size": run.log_file.tell(), "model": parts,
-            "optimizer": optimizer.state_dict()}
-    write_atomically(run.path("last.pt"), lambda file: torch.save(last, file), keep_previous=True)
 
 
 # ---------------------------------------------------------------------------------------------- weights from elsewhere

@@ -12,6 +12,7 @@ import argparse
 import time
 from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -20,6 +21,8 @@ import evaluate
 import losses
 import networks
 from utils import STOPPED, InputError, Meter, Parser, Run, add_common_options, pick_device, run_main, save_json, within
+
+INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
 
 
 def parse_options() -> argparse.Namespace:
@@ -32,6 +35,9 @@ def parse_options() -> argparse.Namespace:
                        help="of --supervision depth: L1 in metres (paper), L1 / depth, or 1/depth up to scale, shift")
     group.add_argument("--frame_ids", type=within(int, -1000, 1000), nargs="+", default=None,
                        help="target, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
+    group.add_argument("--intrinsics", choices=("given", "learned"), default="given",
+                       help="learned: estimate focal lengths and principal point of each folder's camera together with "
+                            "depth and pose, from frames between which the camera turns (of --supervision mono)")
     group.add_argument("--crop", type=within(int, 64, 8192), nargs=2, metavar=("H", "W"),
                        help='random crops (Table 5, "Depth-cropped": 256 256)')
     group.add_argument("--min_depth", type=within(float, 1e-6),
@@ -83,6 +89,8 @@ def parse_options() -> argparse.Namespace:
         raise InputError("--task flow takes two frames: --frame_ids 0 -1")
     if args.task == "flow" and args.arch != "unet":
         raise InputError(f"--task flow has the U-Net's decoder: leave --arch {args.arch} out")
+    if args.intrinsics == "learned" and (args.task, args.supervision) != ("depth", "mono"):
+        raise InputError("--intrinsics learned is for --task depth --supervision mono: a stereo pair is calibrated")
     # the range of Monodepth2's network, 0.1 to 100; with a metric baseline its unit is 5.4 m
     if args.min_depth is None:
         args.min_depth = 0.54 if stereo else 1.0 if args.supervision == "depth" else 0.1
@@ -101,7 +109,8 @@ def parse_options() -> argparse.Namespace:
 
 
 def make_dataset(args: argparse.Namespace) -> datasets.Clips:
-    fov = None if args.task == "depth" else 60.0  # the baselines have no use for K
+    # the baselines have no use for K, and where it is learned it may start anywhere
+    fov = None if args.task == "depth" and args.intrinsics == "given" else 60.0
     other_camera = ["s"] * (args.task == "depth" and "stereo" in args.supervision)
     return datasets.find_clips(args, [str(f) for f in args.frame_ids] + other_camera, augment=True, crop=args.crop,
                                with_depth=args.task == "depth" and args.supervision == "depth", fov=fov)
@@ -136,7 +145,8 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
             # the pose network always sees a pair in temporal order; a past source needs the inverse of what it says
             pair = (jittered[:, i], jittered[:, 0]) if offset < 0 else (jittered[:, 0], jittered[:, i])
             sources.append(frames[:, i])
-            poses.append(losses.pose_to_matrix(*pose(*pair), invert=offset < 0))
+            motion = [part * batch.get("pose_unit", 1) for part in pose(*pair)]
+            poses.append(losses.pose_to_matrix(*motion, invert=offset < 0))
     if "stereo" in args.supervision:
         sources.append(frames[:, -1])
         poses.append(batch["stereo_T"])
@@ -144,6 +154,22 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
                              min_depth=args.min_depth,
                              max_depth=args.max_depth, smoothness_weight=args.smoothness, automask=not args.no_automask,
                              minimum=not args.average_sources)
+
+
+def focal_and_centre(K: torch.Tensor | np.ndarray) -> dict[str, float]:
+    """fx, fy, cx, cy in pixels of K (3, 3)."""
+    return dict(zip(("fx", "fy", "cx", "cy"), (float(K[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))))
+
+
+def describe_cameras(intrinsics: torch.nn.Module, folders: list[str], shapes: list[tuple[int, int]]) -> dict[str, dict]:
+    """Learned intrinsics by folder, also printed, at the size of training and at the images' native (height, width)."""
+    cameras = {}
+    for folder, shape, K in zip(folders, shapes, intrinsics.cameras().detach().cpu().double().numpy()):
+        native = focal_and_centre(datasets.resize_intrinsics(K, intrinsics.size, shape))
+        cameras[folder] = {"training": focal_and_centre(K), "native": {**native, "height": shape[0], "width": shape[1]}}
+        print(f"{folder}: " + "  ".join(f"{key} {value:.1f}" for key, value in native.items())
+              + f" in pixels of its {shape[1]}x{shape[0]} images")
+    return cameras
 
 
 def save_pictures(path: str, frames: torch.Tensor, views: dict, count: int = 4) -> None:
@@ -189,11 +215,17 @@ def main() -> int:
         pose.to(device).train()
         parameters += list(pose.parameters())
 
+    groups, intrinsics = [{"params": parameters, "factor": 1}], None
+    if args.intrinsics == "learned":
+        folders, shapes, given, guess = datasets.find_cameras(dataset, args.fov)
+        intrinsics = networks.Intrinsics(given, guess, dataset.size).to(device)
+        groups.append({"params": list(intrinsics.parameters()), "factor": INTRINSICS_RATE})
+
     # optimiser
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
 
     run = Run(args, "train_depth.py", networks.read_last)
-    start = networks.restore(run.checkpoint, optimizer, model, pose)
+    start = networks.restore(run.checkpoint, optimizer, model, pose, intrinsics)
     if run.finished:
         print(f"{run.folder}: finished already")
         return 0
@@ -227,7 +259,9 @@ def main() -> int:
         waited = time.perf_counter() - waited
         rate = args.learning_rate * (args.learning_rate_factor if step >= args.learning_rate_drop * args.steps else 1)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
+        if intrinsics is not None:
+            batch["K"], batch["pose_unit"] = intrinsics(batch["K"], batch["camera"], batch["mirrored"])
 
         terms, views = compute_loss(args, model, pose, batch, step)
         meter.add(terms, waited)
@@ -238,25 +272,29 @@ def main() -> int:
         # on a GPU not at every step, as asking means waiting
         if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
             rerun = partial(compute_loss, args, model, pose, batch, step) if args.detect else None
-            losses.refuse_nonfinite(terms, networks.parts_of(model, pose), done, batch["index"], rerun)
+            losses.refuse_nonfinite(terms, networks.parts_of(model, pose, intrinsics), done, batch["index"], rerun)
         optimizer.step()
 
         if done % args.log_every == 0 or last:
             record, meter = {**meter.record(args.batch_size), "learning_rate": rate}, Meter()
+            if intrinsics is not None:
+                record |= focal_and_centre(intrinsics.cameras().detach().mean(0))
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
             run.log({"step": done, **record})
         if step == 0 or done % args.save_every == 0 or last:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch["frames"], views)
         if done % args.save_every == 0 or last:
-            networks.save(run, done, options, optimizer, model, pose)
+            run.save(done, networks.state(model, pose, intrinsics), optimizer, options)
         if last:
             break
 
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
-    save_json(run.path("result.json"), {"step": done, "samples": len(dataset), **record,
-                                        **datasets.skipped_samples(run)})
+    result = {"step": done, "samples": len(dataset), **record, **datasets.skipped_samples(run)}
+    if intrinsics is not None:
+        result["cameras"] = describe_cameras(intrinsics, folders, shapes)
+    save_json(run.path("result.json"), result)
     print(f"{what}: {done} steps done" + (f", loss {record['loss']:.4f}" if record else ""))
     return 0
 
