@@ -1317,6 +1317,49 @@ def test_real_labels_and_camvid():
     assert len(video) == 89
 
 
+@pytest.mark.parametrize("name, cls", (
+    ("cityscapes", datasets.Cityscapes), ("kitti_semantics", datasets.KittiSemantics)))
+def test_real_scores_equal_cityscapes_own_evaluation(tmp_path, monkeypatch, name, cls):
+    """Decoding, IoU by class and mIoU of a network's predictions, against cityscapesScripts on raw ids, native size."""
+    scripts = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
+                                  reason="needs pip install cityscapesscripts", exc_type=ImportError)
+    size = {"height": 64, "width": 128}
+    data = cls(real_data(name), "train", **size)
+    if name == "kitti_semantics":
+        data.pairs = data.pairs + cls(real_data(name), "val", **size).pairs
+    assert len(data) == {"cityscapes": 4, "kitti_semantics": 5}[name]
+    torch.manual_seed(0)
+    model = networks.build("unet", "resnet18", 19)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    batch = next(iter(torch.utils.data.DataLoader(data, 4)))
+    for module in model.modules():
+        module.momentum = 1.0  # of batch norms: their statistics are the last step's
+    for _ in range(8):  # so that it predicts more than one class
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch["image"] / 255)[0], batch["label"], ignore_index=255).backward()
+        optimizer.step()
+
+    raw_ids, predictions = np.array(datasets.CITYSCAPES_IDS, np.uint8), []
+    confusion_matrix = evaluate.confusion_matrix
+
+    def record(label, prediction, classes):
+        predictions.append(write_png(tmp_path / f"{len(predictions)}.png", raw_ids[prediction]))
+        return confusion_matrix(label, prediction, classes)
+    monkeypatch.setattr(evaluate, "confusion_matrix", record)
+    scores = evaluate.evaluate_segmentation(model, data, torch.device("cpu"))
+    arguments = scripts.args
+    arguments.evalInstLevelScore = arguments.evalPixelAccuracy = arguments.JSONOutput = False
+    arguments.quiet = True
+    result = scripts.evaluateImgLists(predictions, [label for _, label in data.pairs], arguments)
+    shown = [c for c, value in scores["iou"].items() if not np.isnan(value)]
+    assert len(shown) == {"cityscapes": 15, "kitti_semantics": 19}[name]
+    assert sum(scores["iou"][c] > 0 for c in shown) > 2
+    for c in shown:
+        assert scores["iou"][c] == pytest.approx(100 * result["classScores"][c], abs=1e-9)
+    # theirs gives 0 to a class that is predicted but not labelled, which does not happen on a whole validation set
+    assert scores["miou"] == pytest.approx(100 * np.mean([result["classScores"][c] for c in shown]))
+
+
 # ------------------------------------------------------------------------------------ metrics
 
 def test_confusion_matrix_by_hand():
