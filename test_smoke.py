@@ -1260,6 +1260,112 @@ def test_labels_that_are_refused(tmp_path):
     assert data.native(0)[1].unique().tolist() == [0]
 
 
+# ------------------------------------------------------------------------------------ incomplete and odd folders
+
+DRIVE = "2011_09_26/2011_09_26_drive_9001_sync"
+
+
+def write_kitti(root, frames: int = 3) -> str:
+    """One drive with both cameras, calibration and a few LiDAR points straight ahead."""
+    K = datasets.camera_matrix(64, 96)
+    datasets.write_calibration(root / "2011_09_26", K, 64, 96)
+    os.makedirs(root / DRIVE / "velodyne_points" / "data")
+    for number in range(frames):
+        for camera_number in (2, 3):
+            write_image(root / DRIVE / f"image_0{camera_number}" / "data" / f"{number:010d}.png", seed=number)
+        points = np.array([[10, 0, 0, 0.3], [20, 1, 0, 0.3]], np.float32)
+        points.tofile(root / DRIVE / "velodyne_points" / "data" / f"{number:010d}.bin")
+    return str(root)
+
+
+def unlink(root, name: str) -> None:
+    path = root / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def rewrite(path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("damage, options, words", (
+    (lambda root: None, {"drives": ["0005"]}, "--drives 0005: no such drive"),
+    (lambda root: unlink(root, DRIVE), {}, "no KITTI drive there"),
+    (lambda root: unlink(root, "2011_09_26/calib_cam_to_cam.txt"), {}, "calib_cam_to_cam.txt: No such file"),
+    (lambda root: rewrite(root / "2011_09_26" / "calib_cam_to_cam.txt", "P_rect_03", "P_rect_04"), {},
+     "calib_cam_to_cam.txt: .*P_rect_03"),
+    (lambda root: rewrite(root / "2011_09_26" / "calib_cam_to_cam.txt", "P_rect_02: ", "P_rect_02: nan "), {},
+     "calib_cam_to_cam.txt"),
+    (lambda root: unlink(root, f"{DRIVE}/image_03"), {"cameras": "l"}, "image_03/data: No such file"),
+    (lambda root: unlink(root, "2011_09_26/calib_velo_to_cam.txt"), {"with_depth": True},
+     "calib_velo_to_cam.txt: No such file"),
+    (lambda root: unlink(root, f"{DRIVE}/velodyne_points"), {"with_depth": True}, "6 without LiDAR"),
+    (lambda root: truncate(f"{root}/{DRIVE}/velodyne_points/data/0000000000.bin", 0.7), {"with_depth": True},
+     "0000000000.bin: 22 bytes"),
+    (lambda root: write_image(root / DRIVE / "image_03/data/0000000000.png", 32, 96), {}, "other sizes"),
+    (lambda root: (root / "eigen_zhou_train.txt").write_text(f"{DRIVE} 7 l\n"), {}, "image_02/data: no frame 00000000"),
+), ids=("drives", "drive", "calibration", "projection", "nan", "camera", "velodyne calibration", "velodyne",
+        "velodyne points", "sizes", "split"))
+def test_incomplete_kitti(tmp_path, monkeypatch, damage, options, words):
+    root = write_kitti(tmp_path / "kitti")
+    os.symlink(tmp_path / "kitti" / "eigen_zhou_train.txt", tmp_path / "eigen_zhou_train.txt")
+    (tmp_path / "kitti" / "eigen_zhou_train.txt").touch()
+    monkeypatch.setattr(datasets, "SPLITS", str(tmp_path))
+    assert len(datasets.KittiRaw(root, ["0", "s"], with_depth=True, height=64, width=96)) == 6
+    damage(tmp_path / "kitti")
+    with pytest.raises(utils.InputError, match=words) as refusal:
+        datasets.KittiRaw(root, ["0", "s"], height=64, width=96, **options)[0]
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("intrinsics", (
+    "nan 60 47 31", "60 inf 47 31", "0 0 47 31", "-60 60 47 31", "0.6 0.9 0.5 0.5", "60 60 97 31", "60 60 47 -1",
+    "60 60 0 31"))
+def test_impossible_intrinsics(tmp_path, intrinsics):
+    clips = datasets.Frames(write_frames(tmp_path / "video", [1], intrinsics=intrinsics), ["0"], height=64, width=96)
+    with pytest.raises(utils.InputError, match="intrinsics.txt: .*pixels of the 96x64 images"):
+        clips[0]
+
+
+@pytest.mark.parametrize("content", (
+    None, "{", "[]", '{"intrinsic": {}}',
+    '{"extrinsic": {"baseline": 0}, "intrinsic": {"fx": 1, "fy": 1, "u0": 1, "v0": 1}}'))
+def test_damaged_cityscapes_cameras(tmp_path, content):
+    root = write_cityscapes(tmp_path, cities=("ulm",))
+    for path in glob.glob(f"{root}/camera/train/ulm/*"):
+        os.remove(path)
+        if content is not None:
+            with open(path, "w") as file:
+                file.write(content)
+    with pytest.raises(utils.InputError, match="camera/train/ulm.*camera"):
+        datasets.CityscapesClips(root, ["0"], height=64, width=128)
+
+
+def test_folders_with_odd_names_and_links_that_may_not_be_written(tmp_path, capsys):
+    """Spaces, other scripts, a link to itself and one to the folder above; the data stay as they are."""
+    folder = tmp_path / "mein Film, 2. Teil ä 图"
+    for number in range(4):
+        write_image(folder / "Szene 1" / f"Bild {number} ü.jpg", seed=number)
+    (folder / "intrinsics.txt").write_text("60 60 47.5 31.5")
+    os.symlink("loop", folder / "loop")
+    os.symlink(".", folder / "same")
+    os.symlink(folder, folder / "Szene 1" / "above")
+    files = sorted((folder / "Szene 1").glob("Bild*"))
+    for path in (*files, folder / "Szene 1", folder):
+        os.chmod(path, 0o555)
+    before = {path: os.stat(path).st_mtime_ns for path in (*files, folder)}
+    try:
+        clips = datasets.Frames(str(folder), ["0", "1"], height=64, width=96)
+        assert len(clips) == 3 and clips[2]["frames"].shape == (2, 3, 64, 96)
+        code, _, errors = call(capsys, train_depth, *tiny_run(tmp_path, "--data", "frames", "--data_path", str(folder)))
+        assert code == 0, errors
+        assert {path: os.stat(path).st_mtime_ns for path in before} == before
+    finally:
+        for path in (folder, folder / "Szene 1"):
+            os.chmod(path, 0o755)
+
+
 # ------------------------------------------------------------------------------------ real data
 
 def test_real_kitti_calibration():
