@@ -241,14 +241,15 @@ def crop_and_flip(sample: dict, crop: tuple[int, int] | None, rng: np.random.Gen
         sample["mirrored"] = flip
     if flip and "stereo_T" in sample:
         sample["stereo_T"][0, 3] *= -1
-    return sample
+    return {**sample, "flip": flip}
 
 
 # ---------------------------------------------------------------------------------------------- batches on the device
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Move a batch, then turn image bytes into floats in [0, 1]."""
-    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    """Move a batch, then turn image bytes into floats in [0, 1]. Which samples they are remains to be read here."""
+    batch = {key: value if key in ("index", "flip") else value.to(device, non_blocking=True)
+             for key, value in batch.items()}
     return {key: value.float() / 255 if value.dtype == torch.uint8 else value for key, value in batch.items()}
 
 
@@ -410,7 +411,7 @@ class Clips(Dataset):
 
     name = "clips"
     dropped = ""  # what was left out at the start and why, for the log
-    camera = None  # number of each sample's camera, see `find_cameras`
+    camera_of = None  # number of each sample's camera, see `find_cameras`
 
     def __init__(self, samples: list[dict], height: int, width: int, augment: bool = False,
                  crop: tuple[int, int] | None = None, with_depth: bool = False, min_motion: float = 0):
@@ -471,8 +472,8 @@ class Clips(Dataset):
     def __getitem__(self, item: int | tuple[int, tuple[int, int]]) -> dict:
         index, draw = item if isinstance(item, tuple) else (item, (0, 0))
         sample = self.read(index)
-        if self.camera is not None:
-            sample["camera"] = self.camera[index]
+        if self.camera_of is not None:
+            sample["camera"] = self.camera_of[index]
         return crop_and_flip(sample, self.crop, np.random.default_rng(draw)) if self.augment else sample
 
 
@@ -505,8 +506,8 @@ def find_cameras(dataset: Clips,
     the data set's size. From now on every sample has the number of its "camera".
     """
     targets = dataset.targets()
-    folders, first, dataset.camera = np.unique([os.path.dirname(path) for path in targets], return_index=True,
-                                               return_inverse=True)
+    folders, first, dataset.camera_of = np.unique([os.path.dirname(path) for path in targets],
+                                                  return_index=True, return_inverse=True)
     shapes = []
     for index in first:
         with Image.open(targets[index]) as image:

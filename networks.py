@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import re
+import sys
 import zipfile
 
 import torch
@@ -21,7 +22,7 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from utils import InputError
+from utils import InputError, Run, write_atomically
 
 RESNETS = {"resnet18": (64, 64, 128, 256, 512), "resnet50": (64, 256, 512, 1024, 2048)}  # channels of the five features
 VITS = {f"vit_{size}{patch}": (patch, *shape) for patch in (14, 16)  # patch, blocks, heads, width
@@ -445,7 +446,7 @@ def read_last(path: str) -> dict | None:
 
 def parts_of(model: nn.Module, pose: nn.Module | None = None,
              intrinsics: nn.Module | None = None) -> dict[str, nn.Module]:
-    """The parts that checkpoints tell apart: "encoder", "decoder", a PoseNet's "pose_encoder" and "pose", "intrinsics"."""
+    """The parts that checkpoints tell apart: "encoder", "decoder", of a PoseNet "pose_encoder", "pose"; and others."""
     parts = {"encoder": model.encoder, "decoder": model.decoder, "intrinsics": intrinsics}
     if pose is not None:
         parts |= {"pose_encoder": pose.encoder, "pose": pose.decoder}
@@ -469,6 +470,23 @@ def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, *networks
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"the run's last.pt does not fit its networks ({reason}): give another --name") from None
     return checkpoint["step"]
+
+
+def save(run: Run, step: int, options: dict, optimizer: torch.optim.Optimizer, *networks: nn.Module | None) -> None:
+    """A run's model.pt, to use, and last.pt, to continue: no more is needed, as draws are functions of (seed, step).
+
+    Weights that are not finite end the run and leave both files as they were.
+    """
+    parts = state(*networks)
+    for name, part in parts.items():
+        if not all(torch.isfinite(value).all() for value in part.values()):
+            sys.exit(f"stopped: weights of the {name} are not finite after step {step}, nothing was overwritten")
+    content = {"options": {**options, "steps": step}, **parts}
+    write_atomically(run.path("model.pt"), lambda file: torch.save(content, file))
+    os.fsync(run.log_file.fileno())
+    last = {"step": step, "args": vars(run.args), "log_size": run.log_file.tell(), "model": parts,
+            "optimizer": optimizer.state_dict()}
+    write_atomically(run.path("last.pt"), lambda file: torch.save(last, file), keep_previous=True)
 
 
 # ---------------------------------------------------------------------------------------------- weights from elsewhere

@@ -1842,6 +1842,51 @@ def test_frozen_encoder_stays_as_it_was(pretrained, fine_tuned, kind, frozen):
     assert not torch.equal(after["decoder.decoder.9.conv.conv.weight"], before["decoder.decoder.9.conv.conv.weight"])
 
 
+# ------------------------------------------------------------------------------------ features of a frozen encoder
+
+def test_kept_features_do_not_depend_on_the_batch():
+    """Bit by bit, so that a continued run, which meets images in other batches, computes the same."""
+    torch.manual_seed(0)
+    model = networks.build("unet", "resnet18", 5).eval().requires_grad_(False)
+    images = torch.rand(3, 3, 64, 96)
+
+    def batch(*items):
+        index, flip = torch.tensor(items).T
+        image = torch.stack([images[i].flip(-1) if mirror else images[i] for i, mirror in items])
+        return {"image": image, "index": index, "flip": flip.bool()}
+
+    one, other = {}, {}
+    for items in (((0, 0), (1, 1)), ((2, 0), (0, 0))):
+        train_seg.encode(model, batch(*items), one)
+    together = train_seg.encode(model, batch((2, 0), (1, 1), (0, 0)), other)
+    for i, key in enumerate(((2, False), (1, True), (0, False))):
+        assert all(torch.equal(a, b) and torch.equal(a[0], c[i]) for a, b, c in zip(one[key], other[key], together))
+    for kept, computed in zip(together, train_seg.encode(model, batch((2, 0), (1, 1), (0, 0)), None)):
+        assert_close(kept, computed, 1e-4, 1e-5)
+
+
+def test_feature_cache(tmp_path, capsys, monkeypatch):
+    """As many encoder passes as there are images and mirror images, and the same training as without."""
+    passes = []
+    forward = networks.ResnetEncoder.forward
+    monkeypatch.setattr(networks.ResnetEncoder, "forward", lambda self, x: passes.append(1) or forward(self, x))
+    monkeypatch.setattr(evaluate, "evaluate_segmentation", lambda *_, **__: dict.fromkeys(
+        ("miou", "pixel_accuracy", "cross_entropy", "images"), 0))
+    options = [*semantics_run(tmp_path), "--batch_size", "2", "--steps", "8", "--log_every", "1", "--freeze_encoder"]
+    counts = {}
+    for name in ("kept", "no_feature_cache"):
+        code, output, _ = call(capsys, train_seg, *options, "--name", name, *["--" + name] * (name != "kept"))
+        assert code == 0 and ("features kept" in output) == (name == "kept")
+        counts[name] = len(passes)
+        passes.clear()
+    drawn = {(index, np.random.default_rng(draw).random() < 0.5) for batch in datasets.StepBatches(2, 2, 0, 0, 8)
+             for index, draw in batch}
+    assert counts["kept"] == 1 + len(drawn) < 1 + 8 and counts["no_feature_cache"] == 8  # 1: to see how large they are
+    kept, computed = ([record["loss"] for record in read_log(f"{tmp_path}/runs/{name}") if "loss" in record]
+                      for name in counts)
+    assert kept == pytest.approx(computed, rel=1e-4)
+
+
 def test_the_same_command_gives_the_same_weights(tmp_path, world, pretrained):
     folder = pretrained("stereo")
     run_script("train_depth.py", *pretraining_options("stereo", world, str(tmp_path)))
@@ -1952,8 +1997,9 @@ def assert_same_runs(ours, theirs) -> None:
             k: v for k, v in second.items() if "ms_" not in k and "samples_per_s" not in k}
 
 
-@pytest.mark.parametrize("kind", ("mono", "stereo", "flow", "reconstruction", "segmentation"))
-def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path, world, pretrained, fine_tuned, kind):
+@pytest.mark.parametrize("kind, share", (
+    ("mono", 0.1), ("stereo", 0.2), ("flow", 0.2), ("reconstruction", 0.2), ("segmentation", 0.3)))
+def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path, world, pretrained, fine_tuned, kind, share):
     """SIGKILL at random moments ($KILLS in all), with zero, one or two loader processes: the same bits in the end."""
     if kind == "segmentation":
         script, reference = "train_seg.py", fine_tuned("all")
@@ -1961,9 +2007,9 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path, world, pret
     else:
         script, reference, options = "train_depth.py", pretrained(kind), pretraining_options(kind, world, str(tmp_path))
     folder, steps = tmp_path / os.path.basename(reference), read_json(reference, "result.json")["step"]
-    draw, kills = np.random.default_rng(), 0
-    while kills < KILLS / 5:
-        process, _ = launch(script, [*options, "--save_every", 1, "--num_workers", kills % 3], tmp_path)
+    draw, kills, saving = np.random.default_rng(), 0, ["--save_every", 3 if kind == "mono" else 1]
+    while kills < share * KILLS:
+        process, _ = launch(script, [*options, *saving, "--num_workers", kills % 3], tmp_path)
         wait_for_records(folder, draw.integers(steps), process)
         time.sleep(draw.uniform(0, 0.5))
         process.kill()
@@ -1972,7 +2018,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path, world, pret
             shutil.rmtree(folder)
         else:
             kills += 1
-    process, output = launch(script, [*options, "--save_every", 1, "--num_workers", kills % 3], tmp_path)
+    process, output = launch(script, [*options, *saving, "--num_workers", kills % 3], tmp_path)
     process.join()
     assert process.exitcode == 0, read_text(output)
     assert_same_runs(folder, reference)

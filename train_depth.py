@@ -284,7 +284,7 @@ def main() -> int:
         if step == 0 or done % args.save_every == 0 or last:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch["frames"], views)
         if done % args.save_every == 0 or last:
-            run.save(done, networks.state(model, pose, intrinsics), optimizer, options)
+            networks.save(run, done, options, optimizer, model, pose, intrinsics)
         if last:
             break
 

@@ -25,6 +25,7 @@ import losses
 import networks
 from utils import STOPPED, InputError, Meter, Parser, Run, add_common_options, pick_device, run_main, save_json, within
 
+FEATURES = 2 ** 32  # bytes that a frozen encoder's features of the training set may take to be kept
 CURVES = ("miou", "pixel_accuracy", "cross_entropy")  # logged at every evaluation (Figure 2)
 
 
@@ -56,6 +57,9 @@ def parse_options() -> argparse.Namespace:
                        help="what --init loads of a checkpoint (Table 3: encoder)")
     group.add_argument("--freeze_encoder", action="store_true",
                        help="train the decoder alone: nothing in the encoder changes, nor its batch-norm statistics")
+    group.add_argument("--no_feature_cache", action="store_true",
+                       help="run a frozen encoder at every step, even where its features of all images and their "
+                            "mirror images fit into memory")
     group.add_argument("--freeze_batch_norm_only", action="store_true",
                        help="what the authors' release calls freezing: the encoder trains, its statistics do not")
     group.add_argument("--normalize_twice", action="store_true",
@@ -129,9 +133,20 @@ def name_pretraining(init: str) -> str:
     return f"{name} on {options['data']}" if "data" in options else name
 
 
-def compute_loss(model: torch.nn.Module, batch: dict) -> tuple[dict, torch.Tensor]:
+def encode(model: torch.nn.Module, batch: dict, kept: dict | None) -> list[torch.Tensor]:
+    """The encoder's features; those of a frozen one are `kept`, by image and whether it is flipped."""
+    if kept is None:
+        return model.encoder(batch["image"])
+    keys = list(zip(batch["index"].tolist(), batch["flip"].tolist()))
+    for i, key in enumerate(keys):
+        if key not in kept:  # alone, so that the others in the batch make no difference
+            kept[key] = model.encoder(batch["image"][i:i + 1])
+    return [torch.cat(level) for level in zip(*(kept[key] for key in keys))]
+
+
+def compute_loss(model: torch.nn.Module, batch: dict, kept: dict | None = None) -> tuple[dict, torch.Tensor]:
     """Cross-entropy over labelled pixels (Eq. 2), and the logits (B, classes, H, W)."""
-    logits = model(batch["image"])[0]
+    logits = model.decoder(encode(model, batch, kept))[0]
     return {"loss": F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)}, logits
 
 
@@ -169,6 +184,11 @@ def main() -> int:
     if args.freeze_encoder or args.freeze_batch_norm_only:
         model.encoder.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = None
+    if args.freeze_encoder and not (args.crop or args.jitter or args.no_feature_cache):
+        features = model.encoder(torch.zeros(1, 3, *train_set.size, device=device))
+        if 2 * len(train_set) * sum(f.nbytes for f in features) <= FEATURES:
+            kept = {}
 
     # optimiser
     optimizer = make_optimizer(args, model)
@@ -181,7 +201,8 @@ def main() -> int:
     print(f"{run.folder}: segmentation of {len(train_set.classes)} classes of {args.data}, {len(train_set)} images for "
           f"training and {len(val_set)} for evaluation")
     print(f"{args.arch} {args.encoder}, {networks.count(parameters) / 1e6:.1f} M trained parameters"
-          f"{' (encoder frozen)' * args.freeze_encoder}, {taken}; {args.width}x{args.height}, batch {args.batch_size}, "
+          f"{' (encoder frozen)' * args.freeze_encoder}{' (its features kept)' * (kept is not None)}, {taken}; "
+          f"{args.width}x{args.height}, batch {args.batch_size}, "
           f"{args.steps} steps on {device}" + (f"; continues at step {start}" if start else ""))
     if absent:
         print("no training image shows " + ", ".join(absent))
@@ -212,7 +233,7 @@ def main() -> int:
         if args.jitter:
             generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
             batch["image"] = datasets.color_jitter(batch["image"], generator, args.jitter, hue=0.0, probability=1.0)
-        terms, logits = compute_loss(model, batch)
+        terms, logits = compute_loss(model, batch, kept)
         meter.add(terms, waited)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
@@ -220,7 +241,7 @@ def main() -> int:
         last = done == args.steps or run.stop
         # on a GPU not at every step, as asking means waiting
         if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
-            rerun = partial(compute_loss, model, batch) if args.detect else None
+            rerun = partial(compute_loss, model, batch, kept) if args.detect else None
             losses.refuse_nonfinite(terms, networks.parts_of(model), done, batch["index"], rerun)
         optimizer.step()
 
@@ -235,7 +256,7 @@ def main() -> int:
         if step == 0 or done % args.save_every == 0 or last:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
         if done % args.save_every == 0 or last:
-            run.save(done, networks.state(model), optimizer, options)
+            networks.save(run, done, options, optimizer, model)
         if last:
             break
 

@@ -137,7 +137,7 @@ class Run:
         except OSError as error:
             raise InputError(f"cannot make the run folder {self.folder}: {error.strerror}") from None
 
-        self.finished = os.path.exists(self.path("result.json")) and os.path.exists(self.path("model.pt"))
+        self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
         self.checkpoint = read_last(self.path("last.pt"))
         if self.checkpoint is not None:
             self._refuse_other_options(self.checkpoint["args"])
@@ -158,8 +158,7 @@ class Run:
         differing = [f"--{k} {then.get(k)} there, {now.get(k)} now" for k in sorted(now.keys() | then.keys())
                      if now.get(k) != then.get(k) and k not in MAY_CHANGE]
         if differing:
-            raise InputError(f"{self.folder} holds a run with other options ({'; '.join(differing)}): "
-                             "give another --name, or delete the folder")
+            raise InputError(f"{self.folder} is a run with other options ({'; '.join(differing)}): give another --name")
 
     def _describe(self, script: str) -> None:
         git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--verify", "HEAD"]
@@ -179,17 +178,6 @@ class Run:
         self.log_file.write(json.dumps(record) + "\n")
         tqdm.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                              for key, value in record.items()))
-
-    def save(self, step: int, parts: dict, optimizer: torch.optim.Optimizer, options: dict) -> None:
-        """model.pt, to use, and last.pt, to continue: every draw is a function of (seed, step), so it needs no more."""
-        for name, part in parts.items():
-            if not all(torch.isfinite(value).all() for value in part.values()):
-                sys.exit(f"stopped: weights of the {name} are not finite after step {step}; nothing was overwritten")
-        model = {"options": {**options, "steps": step}, **parts}
-        last = {"step": step, "args": vars(self.args), "log_size": self.log_file.tell(), "model": parts,
-                "optimizer": optimizer.state_dict()}
-        write_atomically(self.path("model.pt"), lambda file: torch.save(model, file))
-        write_atomically(self.path("last.pt"), lambda file: torch.save(last, file), keep_previous=True)
 
 
 class Meter:
