@@ -25,6 +25,11 @@ def disparity_to_depth(disparity: torch.Tensor, min_depth: float, max_depth: flo
     return 1 / (1 / max_depth + (1 / min_depth - 1 / max_depth) * disparity)
 
 
+def depth_to_disparity(depth: float, min_depth: float, max_depth: float) -> float:
+    """The inverse of `disparity_to_depth`."""
+    return (1 / depth - 1 / max_depth) / (1 / min_depth - 1 / max_depth)
+
+
 def pose_to_matrix(axisangle: torch.Tensor, translation: torch.Tensor, invert: bool = False) -> torch.Tensor:
     """Axis-angle (B, 3) in radians and translation (B, 3) -> (B, 4, 4): x -> R x + t, or its inverse."""
     angle = axisangle.norm(dim=1, keepdim=True)

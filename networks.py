@@ -630,6 +630,13 @@ def is_head(module: nn.Module, key: str) -> bool:
     return key.startswith(getattr(module, "heads", ()))
 
 
+def set_head_bias(decoder: nn.Module, value: float) -> None:
+    """Let a decoder's heads start at `value`, before the sigmoid."""
+    for key, parameter in decoder.named_parameters():
+        if is_head(decoder, key) and key.endswith("bias"):
+            nn.init.constant_(parameter, value)
+
+
 def fit(module: nn.Module, state: dict, name: str, path: str, keep_head: bool = True) -> str:
     """Load one part strictly; only heads may stay as they are: of another shape, or all unless `keep_head`.
 

@@ -2844,6 +2844,17 @@ def arch_run(script, capsys, world: str, log_dir, name: str, *options: str) -> s
     return os.path.join(log_dir, name)
 
 
+@pytest.mark.parametrize("arch, encoder", (("unet", "resnet18"), ("deeplabv3", "resnet18")))
+def test_metric_depth_starts_in_the_middle_of_its_range(arch, encoder):
+    """Whatever the image, a fresh network says about the geometric mean of the nearest and the farthest depth."""
+    model = networks.build(arch, encoder, 1, (0, 1, 2, 3)).eval()
+    middle = losses.depth_to_disparity(10.0, 0.5, 200.0)
+    networks.set_head_bias(model.decoder, np.log(middle / (1 - middle)))
+    for output in model(torch.rand(1, 3, 64, 96)):
+        depth = losses.disparity_to_depth(output.sigmoid(), 0.5, 200.0)
+        assert 7 < float(depth.median()) < 14
+
+
 def test_deeplab_from_depth_to_segmentation(tmp_path, capsys, world, pretrained):
     """Table 5's way: depth with a one-channel last layer, then all but that layer for segmentation. And across:
     a U-Net's encoder in DeepLabV3, a DeepLabV3's in a U-Net."""

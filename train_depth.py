@@ -9,6 +9,7 @@ Weights, options, log and pictures go to runs/<name>/. The same command again co
 """
 
 import argparse
+import math
 import time
 from functools import partial
 
@@ -206,6 +207,11 @@ def main() -> int:
     arch = "flow" if args.task == "flow" else args.arch
     model = networks.build(arch, args.encoder, channels, scales=(0, 1, 2, 3), dpt_layers=args.dpt_layers)
     pose = networks.PoseNet("resnet18") if args.task == "depth" and "mono" in args.supervision else None
+    metric = args.task == "depth" and ("stereo" in args.supervision or (args.supervision == "depth"
+                                                                        and args.depth_loss != "affine"))
+    if metric:  # start in the middle of the range of depths: a sigmoid of 0.5 is twice the nearest, far from any street
+        middle = losses.depth_to_disparity(math.sqrt(args.min_depth * args.max_depth), args.min_depth, args.max_depth)
+        networks.set_head_bias(model.decoder, math.log(middle / (1 - middle)))
     taken = "random weights"
     if args.init != "none":
         taken = networks.load_weights(model, args.init, args.task, args.init_parts, pose)
@@ -244,7 +250,6 @@ def main() -> int:
     kept = ("task", "supervision", "depth_loss", "arch", "encoder", "dpt_layers", "init", "height", "width", "crop",
             "min_depth", "max_depth", "data", "seed")
     options = {key: getattr(args, key) for key in kept}
-    metric = "stereo" in args.supervision or (args.supervision == "depth" and args.depth_loss != "affine")
     options["metric"] = metric
 
     # loop
