@@ -428,6 +428,14 @@ class Clips(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def complete(self, samples: list[dict], with_depth: bool, depth: str) -> list[dict]:
+        """Those samples whose images, and whose depth (named for the log) if it is needed, are all there, not None."""
+        whole = [sample for sample in samples if None not in sample["images"]]
+        kept = [sample for sample in whole if not with_depth or sample["depth"] is not None]
+        missing = ((len(samples) - len(whole), "all their source frames"), (len(whole) - len(kept), depth))
+        self.dropped = ", ".join(f"{count} without {what}" for count, what in missing if count)
+        return kept
+
     def depth_map(self, depth: object) -> np.ndarray:
         """Native-size depth (h, w) in metres, 0 = no measurement, of a sample's "depth" entry."""
         raise NotImplementedError
@@ -579,7 +587,7 @@ class KittiRaw(Clips):
         self.root, self.name = root, f"kitti at {root}"
         self.calibrations, self.cameras, self.listings = {}, {}, {}
         offsets = [int(f) for f in frame_ids if f != "s"]
-        samples, lonely, blind = [], 0, 0
+        samples = []
         for folder, number, side in self._targets(split, drives, frames, cameras):
             found = self._listing(folder, side)
             paths = [found.get(number + offset) for offset in offsets]
@@ -588,17 +596,10 @@ class KittiRaw(Clips):
             if "s" in frame_ids:
                 paths.append(self._listing(folder, OTHER[side]).get(number))
             depth = self._depth_source(folder, number, side) if with_depth else None
-            if None in paths:
-                lonely += 1
-            elif with_depth and depth is None:
-                blind += 1
-            else:
-                K, baseline, file = self.camera(folder[:10], side)
-                samples.append({"images": paths, "K": K, "depth": depth, "K_from": file,
-                                "baseline": baseline if "s" in frame_ids else None})
-        self.dropped = ", ".join(f"{count} without {what}" for count, what in
-                                 ((lonely, "all their source frames"), (blind, "LiDAR")) if count)
-        super().__init__(samples, with_depth=with_depth, **options)
+            K, baseline, file = self.camera(folder[:10], side)
+            samples.append({"images": paths, "K": K, "depth": depth, "K_from": file,
+                            "baseline": baseline if "s" in frame_ids else None})
+        super().__init__(self.complete(samples, with_depth, "LiDAR"), with_depth=with_depth, **options)
 
     def _targets(self, split, drives, frames, cameras) -> list[tuple[str, int, str]]:
         """(date/drive, frame number, side): from the split where its drives are here, else every drive that is.
@@ -736,7 +737,7 @@ class Frames(Clips):
             raise InputError(f"{root} is a file; make frames of a video first: "
                              f"ffmpeg -i {os.path.basename(root)} -qscale:v 2 frames/%06d.jpg")
         offsets = [int(f) for f in frame_ids]
-        samples, lonely, blind = [], 0, 0
+        samples = []
         for folder, paths in self._sequences(root, drives):
             step, numbers = self._numbers(paths)
             by_number = dict(zip(numbers, paths))
@@ -744,16 +745,10 @@ class Frames(Clips):
             start, stop, _ = slice(*frames).indices(len(paths))
             for position in range(start, stop):
                 images = [by_number.get(numbers[position] + step * offset) for offset in offsets]
-                depth = self.depth_file(paths[position]) if with_depth else None
-                if None in images:
-                    lonely += 1
-                elif with_depth and not os.path.isfile(depth):
-                    blind += 1
-                else:
-                    samples.append({"images": images, "K": K, "K_from": K_from, "baseline": None, "depth": depth})
-        self.dropped = ", ".join(f"{count} without {what}" for count, what in
-                                 ((lonely, "all their source frames"), (blind, "a depth image")) if count)
-        super().__init__(samples, with_depth=with_depth, **options)
+                depth = self.depth_file(paths[position])
+                samples.append({"images": images, "K": K, "K_from": K_from, "baseline": None,
+                                "depth": depth if with_depth and os.path.isfile(depth) else None})
+        super().__init__(self.complete(samples, with_depth, "a depth image"), with_depth=with_depth, **options)
 
     def _sequences(self, root: str, drives: list[str] | None) -> list[tuple[str, list[str]]]:
         """(folder, image paths in numeric order) of every sequence below root."""
@@ -833,32 +828,24 @@ class CityscapesClips(Clips):
         self.root, self.name, self.cameras = root, f"cityscapes at {root}", {}
         if "s" in frame_ids:
             raise InputError("--supervision stereo: of cityscapes only the left camera is read; use mono or depth")
-        offsets, samples, lonely, blind = [int(f) for f in frame_ids], [], 0, 0
+        offsets, samples = [int(f) for f in frame_ids], []
         kind = "_sequence" if len(offsets) > 1 else ""
         for city in drives or list_folder(os.path.join(root, f"leftImg8bit{kind}", "train")):
-            places = self._places(f"leftImg8bit{kind}", city, "leftImg8bit.png")
-            present, labelled = set(places), self._places("camera", city, "camera.json")
-            for sequence, number in places[slice(*frames)]:
-                clip = [(sequence, number + offset) for offset in offsets]
+            labelled = self._places("camera", city, "camera.json")
+            paths = {place: self._file(f"leftImg8bit{kind}", city, *place, "leftImg8bit.png")
+                     for place in self._places(f"leftImg8bit{kind}", city, "leftImg8bit.png")}
+            for sequence, number in list(paths)[slice(*frames)]:
+                images = [paths.get((sequence, number + offset)) for offset in offsets]
                 depth = self._file(f"disparity{kind}", city, sequence, number, "disparity.png")
-                if not present.issuperset(clip):
-                    lonely += 1
-                    continue
-                if with_depth and not os.path.isfile(depth):
-                    blind += 1
-                    continue
                 near = [other for camera_sequence, other in labelled if camera_sequence == sequence]
                 if not near:
                     raise InputError(f"{root}/camera/train/{city}: no camera.json of sequence {sequence:06d}")
                 nearest = min(near, key=lambda other: abs(other - number))
                 K_from = self._file("camera", city, sequence, nearest, "camera.json")
                 K, metres = self._camera(K_from)
-                samples.append({"images": [self._file(f"leftImg8bit{kind}", city, *place, "leftImg8bit.png")
-                                           for place in clip],
-                                "K": K, "K_from": K_from, "baseline": None, "depth": (depth, metres)})
-        self.dropped = ", ".join(f"{count} without {what}" for count, what in
-                                 ((lonely, "all their source frames"), (blind, "a disparity image")) if count)
-        super().__init__(samples, with_depth=with_depth, **options)
+                samples.append({"images": images, "K": K, "K_from": K_from, "baseline": None,
+                                "depth": (depth, metres) if with_depth and os.path.isfile(depth) else None})
+        super().__init__(self.complete(samples, with_depth, "a disparity image"), with_depth=with_depth, **options)
 
     def _places(self, kind: str, city: str, ending: str) -> list[tuple[int, int]]:
         """(sequence, frame number) of the files in a city's folder."""
@@ -1246,7 +1233,7 @@ class Labelled(Dataset):
         So that what cannot be read is found before a run begins, unless it is to be skipped.
         """
         seen = set()
-        for index in range(len(self) if self.keep else 8):
+        for index in range(len(self) if self.keep else min(8, len(self))):
             try:
                 seen |= set(self.load(index)[1].unique().tolist())
             except InputError:
