@@ -4,7 +4,9 @@
     python evaluate.py seg --weights runs/NAME --data camvid
     python evaluate.py predict --weights runs/NAME street.jpg folder/ --output predictions
     python evaluate.py grid street.jpg --weights runs/NAME runs/OTHER --output grid.png
+    python evaluate.py gradcam --weights runs/NAME runs/OTHER                # where a shallow layer looks, side by side
     python evaluate.py tables --log_dir runs
+    python evaluate.py html --log_dir runs                                # a page of all runs: runs/index.html
 
 The metrics are functions that return dicts; training calls the same ones.
 """
@@ -12,6 +14,7 @@ The metrics are functions that return dicts; training calls the same ones.
 import argparse
 import csv
 import fnmatch
+import html
 import json
 import math
 import os
@@ -19,6 +22,7 @@ import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -31,7 +35,7 @@ from tqdm import tqdm
 import datasets
 import losses
 import networks
-from utils import InputError, Parser, pick_device, run_main, save_json, within
+from utils import InputError, Parser, pick_device, run_main, save_json, within, write_atomically
 
 DEPTH_METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3")
 STEREO_SCALE = 5.4  # metres in the unit of Monodepth2's stereo weights, whose baseline is 0.1
@@ -240,16 +244,21 @@ DEPTH_COLOURS = torch.tensor([(13, 8, 35), (59, 15, 112), (114, 31, 129), (168, 
                               (254, 167, 111), (254, 211, 149), (252, 248, 196)]) / 255  # dark = far, bright = near
 
 
+def colour_values(values: torch.Tensor) -> torch.Tensor:
+    """Values (B, H, W), 0 to 1, as colours (B, 3, H, W) from dark to bright."""
+    position = values.clamp(0, 1) * (len(DEPTH_COLOURS) - 1)
+    below = position.long().clamp(max=len(DEPTH_COLOURS) - 2)
+    colours, share = DEPTH_COLOURS.to(values.device), (position - below)[..., None]
+    return (colours[below] * (1 - share) + colours[below + 1] * share).permute(0, 3, 1, 2)
+
+
 def colour_depth(depth: torch.Tensor) -> torch.Tensor:
     """Depth (B, 1, H, W) as colours (B, 3, H, W): inverse depth between its 2nd and 98th percentile."""
     inverse = 1 / depth.clamp(min=1e-6)
     sorted_values = inverse.flatten(1).sort(1).values
     n = sorted_values.shape[1] - 1
     low, high = (sorted_values[:, int(q * n)].view(-1, 1, 1) for q in (0.02, 0.98))
-    position = ((inverse[:, 0] - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * (len(DEPTH_COLOURS) - 1)
-    below = position.long().clamp(max=len(DEPTH_COLOURS) - 2)
-    colours, share = DEPTH_COLOURS.to(depth.device), (position - below)[..., None]
-    return (colours[below] * (1 - share) + colours[below + 1] * share).permute(0, 3, 1, 2)
+    return colour_values((inverse[:, 0] - low) / (high - low).clamp(min=1e-9))
 
 
 def colour_flow(flow: torch.Tensor) -> torch.Tensor:
@@ -412,6 +421,29 @@ def predict(model: torch.nn.Module, options: dict, image: torch.Tensor) -> tuple
     return out[0], None
 
 
+def gradcam(model: torch.nn.Module, images: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    """Grad-CAM of one of the encoder's maps, the first being the one before pooling (Figure 6): (B, h, w), 0 or more.
+
+    images: (B, 3, H, W) in [0, 1]. The channels' weights are the gradients of the predicted classes' scores, summed
+    over the pixels; of a depth network, of the disparity (before the sigmoid). 1 is where 99 % of the map are below.
+    """
+    features = model.encoder(images)
+    score = model.decoder(features)[0].amax(1).sum()
+    weights = torch.autograd.grad(score, features[layer])[0].mean((2, 3), keepdim=True)
+    heat = (weights * features[layer]).sum(1).relu().detach()
+    return heat / heat.flatten(1).quantile(0.99, 1).clamp(min=1e-9).view(-1, 1, 1)
+
+
+def gradcam_picture(model: torch.nn.Module, options: dict, image: torch.Tensor, layer: int) -> torch.Tensor:
+    """One image (3, H, W) uint8 under its Grad-CAM, (3, H, W) in [0, 1]."""
+    if options["task"] == "flow":
+        raise InputError("a flow network needs two frames: Grad-CAM is for networks that see one")
+    model.requires_grad_()
+    small = resize(image, [options["height"], options["width"]], antialias=True)[None].float() / 255
+    heat = F.interpolate(gradcam(model, small, layer)[:, None], image.shape[1:], mode="bilinear", align_corners=False)
+    return 0.4 * image / 255 + 0.6 * colour_values(heat[:, 0])[0]
+
+
 def list_images(paths: list[str]) -> list[str]:
     """Image files named or in the folders named, in numeric order."""
     found = []
@@ -447,7 +479,12 @@ def predict_command(args: argparse.Namespace) -> int:
 
 
 def grid_command(args: argparse.Namespace) -> int:
-    """Images in rows, then what each of several models makes of them (Figure 6)."""
+    """Images in rows, then what each of several models makes of them, or its Grad-CAM (Figure 6)."""
+    def draw(model: torch.nn.Module, options: dict, image: torch.Tensor) -> torch.Tensor:
+        if args.command == "gradcam":
+            return gradcam_picture(model, options, image, args.layer)
+        return predict(model, options, image)[0]
+
     device = pick_device(args.device)
     if args.images:
         images = [datasets.read_image(path).to(device) for path in list_images(args.images)]
@@ -465,7 +502,7 @@ def grid_command(args: argparse.Namespace) -> int:
     for path in args.weights:
         model, options = networks.load_model(path)
         model.to(device)
-        columns.append([resize(predict(model, options, image)[0], shape, antialias=True) for image in images])
+        columns.append([resize(draw(model, options, image), shape, antialias=True) for image in images])
     to_picture(torch.cat([torch.cat(column, 1) for column in columns], 2)).save(args.output)
     print(f"{len(images)} images, {len(args.weights)} models -> {args.output}")
     return 0
@@ -648,6 +685,15 @@ def all_runs_table(runs: list[dict]) -> list[list[str]]:
     return [header, *[cells for _, _, cells in sorted(rows)]]
 
 
+def describe(run: dict) -> tuple[str, str]:
+    """How figures call a fine-tuning: its network and size, and what it started from."""
+    o, name = run["options"], run["result"]["pretraining"].split(" on ")[0]
+    if o.get("init_parts") == "encoder" and o["init"] not in ("none", "imagenet"):
+        name += ", encoder only"
+    tuned = "frozen" if o["freeze_encoder"] else "all"
+    return f"{o['encoder']} {o.get('arch', 'unet')}, {tuned}, {o['width']}x{o['height']}", name
+
+
 def draw_figures(runs: list[dict], log_dir: str) -> None:
     """curves.png: mIoU while fine-tuning (Figures 2, 4, 8); bars.png: its end; sizes.png: over images (Figure 3)."""
     try:
@@ -658,11 +704,7 @@ def draw_figures(runs: list[dict], log_dir: str) -> None:
     from matplotlib import pyplot
     panels, sizes = {}, {}
     for run in runs:
-        o, name = run["options"], run["result"]["pretraining"].split(" on ")[0]
-        if o.get("init_parts") == "encoder" and o["init"] not in ("none", "imagenet"):
-            name += ", encoder only"
-        network = f"{o['encoder']} {o.get('arch', 'unet')}, {'frozen' if o['freeze_encoder'] else 'all'}, " \
-                  f"{o['width']}x{o['height']}"
+        o, (network, name) = run["options"], describe(run)
         panels.setdefault(f"{network}, {o['train_size'] or 'all'} images", {}).setdefault(name, []).append(run)
         if o["train_size"]:
             points = sizes.setdefault(network, {}).setdefault(name, {})
@@ -713,20 +755,164 @@ def draw_figures(runs: list[dict], log_dir: str) -> None:
     pyplot.close("all")
 
 
+def markdown(rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|", *[f"| {' | '.join(row)} |" for row in rows[1:]]]
+
+
 def tables_command(args: argparse.Namespace) -> int:
     """Print every finished fine-tuning in --log_dir and the paper's tables; write tables.md and tables.csv there."""
     runs = read_runs(args.log_dir)
     if not runs:
         raise InputError(f"{args.log_dir}: no finished fine-tuning there yet")
     rows = all_runs_table(runs)
-    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|", *[f"| {' | '.join(row)} |" for row in rows[1:]]]
-    text = "\n".join([*lines, *paper_tables(runs)])
+    text = "\n".join([*markdown(rows), *paper_tables(runs)])
     print(text)
     Path(args.log_dir, "tables.md").write_text(text + "\n")
     with open(os.path.join(args.log_dir, "tables.csv"), "w", newline="") as file:
         csv.writer(file).writerows(rows)
     if args.figures:
         draw_figures(runs, args.log_dir)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- a page of all runs
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }}
+body {{ max-width: 76rem; margin: 0 auto; padding: 1rem }}
+h1, h2, h3 {{ line-height: 1.2; overflow-wrap: anywhere }}
+h2 {{ margin-top: 2.5rem }}
+article {{ border-top: 1px solid #8886; margin-top: 1.5rem }}
+.scroll {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-size: .8125rem }}
+th, td {{ padding: .25rem .75rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid #8884 }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem }}
+figure {{ margin: .5rem 0 }}
+figcaption, .quiet {{ font-size: .875rem; opacity: .8 }}
+svg, img {{ display: block; width: 100%; height: auto }}
+img {{ max-width: 60rem }}
+text {{ font-size: 12px; fill: currentColor }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8125rem }}
+</style>
+<h1>{title}</h1>
+{body}
+"""
+LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#8a6fd1", "#7f7f7f")
+CHARTS = {"loss": "training loss", "miou": "mIoU %", "masked": "share of masked pixels", "fx": "learned fx, pixels"}
+
+
+def html_table(lines: list[str]) -> str:
+    """HTML of the Markdown that the tables are written in: rows between bars, titles between asterisks, other lines."""
+    parts, rows = [], []
+    for line in [*lines, ""]:
+        if line.startswith("|"):
+            cells = [html.escape(cell.strip()) for cell in line.strip("|").split("|")]
+            if not set(line) <= set("|-"):
+                tag = "td" if rows else "th"
+                rows.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>")
+            continue
+        if rows:
+            parts.append(f'<div class="scroll"><table>{"".join(rows)}</table></div>')
+        rows = []
+        parts += [f"<p>{html.escape(line).replace('**', '')}</p>"] if line else []
+    return "\n".join(parts)
+
+
+def svg_chart(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
+    """Curves of (step, value) by name as a figure with inline SVG, and a legend where there are several."""
+    curves = {name: points[::1 + len(points) // 300] + points[-1:] for name, points in curves.items()}
+    steps, values = zip(*(point for points in curves.values() for point in points))
+    left, right, low, high = min(steps), max(steps), min(values), max(values)
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1
+    low, high, width = max(low - margin, 0) if low >= 0 else low - margin, high + margin, max(right - left, 1)
+    parts = []
+    for share in (0, 0.5, 1):
+        x, y = 50 + 300 * share, 170 - 160 * share
+        parts.append(f'<path d="M50 {y:.0f}H350" stroke="#8885" fill="none"/>'
+                     f'<text x="44" y="{y + 4:.0f}" text-anchor="end">{low + share * (high - low):.3g}</text>'
+                     f'<text x="{x:.0f}" y="188" text-anchor="{("start", "middle", "end")[int(2 * share)]}">'
+                     f'{left + share * (right - left):.0f}</text>')
+    legend = []
+    for i, (name, points) in enumerate(curves.items()):
+        colour, dash = LINE_COLOURS[i % len(LINE_COLOURS)], ("", "6 3", "2 2")[i // len(LINE_COLOURS) % 3]
+        path = " ".join(f"{50 + 300 * (x - left) / width:.1f},{170 - 160 * (y - low) / (high - low):.1f}"
+                        for x, y in points)
+        label = html.escape(f"{name} {points[-1][1]:.4g}")
+        dots = "".join(f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="2" fill="{colour}"/>'
+                       for p in path.split() if len(points) < 8)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" '
+                     f'stroke-dasharray="{dash}"><title>{label}</title></polyline>{dots}')
+        legend.append(f'<span style="color:{colour}">&#9632;</span> {label}')
+    caption = f"{html.escape(title)}: " + ("<br>" + "<br>".join(legend) if len(curves) > 1 else f"{points[-1][1]:.4g}")
+    return (f'<figure><figcaption>{caption}</figcaption><svg viewBox="0 0 360 194" role="img" '
+            f'aria-label="{html.escape(title)}">{"".join(parts)}</svg></figure>')
+
+
+def html_of_run(folder: Path, base: Path) -> str:
+    """What a run folder holds, finished or not: how it ended, its curves, its first and last samples, its options."""
+    def read(name: str) -> str:
+        return (folder / name).read_text() if (folder / name).is_file() else ""
+
+    arguments, result = (json.loads(read(name) or "{}") for name in ("args.json", "result.json"))
+    records = [json.loads(line) for line in read("log.jsonl").splitlines() if line.endswith("}")]
+    options = arguments["options"]
+    step = max((record["step"] for record in records), default=0)
+    state = "finished" if result else f"at step {step} of {options['steps']}"
+    numbers = " · ".join(f"{key} {value:.4g}" for key, value in result.items()
+                        if isinstance(value, float) and math.isfinite(value) and not key.startswith("ms_"))
+    curves = {key: [(record["step"], record[key]) for record in records
+                    if isinstance(record.get(key), (int, float)) and math.isfinite(record[key])] for key in CHARTS}
+    charts = "".join(svg_chart(title, {"": curves[key]}) for key, title in CHARTS.items() if curves[key])
+    pictures = sorted(folder.glob("samples/*.png"))
+    figures = "".join(
+        f'<figure><a href="{link}"><img src="{link}" loading="lazy" alt="samples at step {int(picture.stem)}"></a>'
+        f"<figcaption>samples at step {int(picture.stem)}</figcaption></figure>" for picture in pictures[:1] * (
+            len(pictures) > 1) + pictures[-1:] if (link := quote(picture.relative_to(base).as_posix())))
+    return (f'<article id="{quote(folder.relative_to(base).as_posix())}"><h3>{html.escape(folder.name)}</h3>'
+            f"<p>{html.escape(state)}. {html.escape(numbers)}</p>"
+            f'<div class="charts">{charts}</div>{figures}<details><summary>command and options</summary>'
+            f"<pre>{html.escape(arguments['command'])}\n\n{html.escape(json.dumps(options, indent=1))}</pre></details>"
+            "</article>")
+
+
+def html_command(args: argparse.Namespace) -> int:
+    """index.html in --log_dir: of every folder of runs the tables, the curves of mIoU, and then each run."""
+    base = Path(args.log_dir)
+    folders = sorted(path.parent for path in base.glob("**/args.json"))
+    if not folders:
+        raise InputError(f"{base}: no runs there yet")
+    body = []
+    for parent in sorted({folder.parent for folder in folders}):
+        body.append(f"<h2>{html.escape(parent.relative_to(base).as_posix())}</h2>" * (parent != base))
+        runs, panels = read_runs(str(parent)), {}
+        if runs:
+            body.append(html_table([*markdown(all_runs_table(runs)), *paper_tables(runs)]))
+        for run in runs:
+            if run["curve"]:
+                network, name = describe(run)
+                title = f"mIoU %, {network}, {run['options']['train_size'] or 'all'} images"
+                panels.setdefault(title, {}).setdefault(name, []).append(dict(run["curve"]))
+        means = {title: {name: [(step, float(np.mean([curve[step] for curve in curves])))
+                                for step in sorted(set.intersection(*map(set, curves)))]
+                         for name, curves in sorted(lines.items())} for title, lines in panels.items()}
+        charts = "".join(svg_chart(title, lines) for title, lines in means.items())
+        members = [folder for folder in folders if folder.parent == parent]
+        links = " · ".join(f'<a href="#{quote(folder.relative_to(base).as_posix())}">{html.escape(folder.name)}</a>'
+                           for folder in members)
+        body.append(f'<div class="charts">{charts}</div><p class="quiet">{links}</p>')
+        for folder in members:
+            try:
+                body.append(html_of_run(folder, base))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise InputError(f"{folder}: args.json, result.json or log.jsonl is damaged") from None
+    page = PAGE.format(title=f"{len(folders)} runs of depth2seg", body="\n".join(body))
+    write_atomically(str(base / "index.html"), lambda file: file.write(page.encode()))
+    print(f"{len(folders)} runs -> {base / 'index.html'}")
     return 0
 
 
@@ -782,20 +968,28 @@ def parse_options() -> argparse.Namespace:
     images.set_defaults(run=predict_command)
 
     grid = commands.add_parser("grid", help="one picture: images in rows, then a column of predictions for each model")
-    grid.add_argument("images", nargs="*", metavar="IMAGE_OR_FOLDER", help="default: four test images of --data")
-    grid.add_argument("--data", default="synthetic")
-    grid.add_argument("--data_path")
-    grid.add_argument("--weights", nargs="+", required=True, metavar="WEIGHTS")
-    grid.add_argument("--output", default="grid.png")
-    grid.set_defaults(run=grid_command)
+    cam = commands.add_parser("gradcam", help="the same grid with Grad-CAM: where the encoder looks")
+    cam.add_argument("--layer", type=within(int, 0, 4), default=0,
+                     help="of the encoder's maps, from the finest; 0 is the one before pooling (paper: a shallow one)")
+    for command, output in ((grid, "grid.png"), (cam, "gradcam.png")):
+        command.add_argument("images", nargs="*", metavar="IMAGE_OR_FOLDER", help="default: four test images of --data")
+        command.add_argument("--data", default="synthetic")
+        command.add_argument("--data_path")
+        command.add_argument("--weights", nargs="+", required=True, metavar="WEIGHTS")
+        command.add_argument("--output", default=output)
+        command.set_defaults(run=grid_command)
 
-    for command in (depth, seg, images, grid):
+    for command in (depth, seg, images, grid, cam):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     tables = commands.add_parser("tables", help="a table of all finished fine-tunings, mean and deviation over seeds")
     tables.add_argument("--log_dir", default="runs", help="folder of run folders; tables.md and .csv go there")
     tables.add_argument("--figures", action="store_true", help="curves.png, bars.png, sizes.png as well (matplotlib)")
     tables.set_defaults(run=tables_command)
+
+    page = commands.add_parser("html", help="index.html in --log_dir: tables, curves, samples and options of every run")
+    page.add_argument("--log_dir", default="runs", help="folder of run folders, or of folders of these")
+    page.set_defaults(run=html_command)
 
     return parser.parse_args()
 

@@ -27,7 +27,9 @@ import subprocess
 import sys
 import time
 import warnings
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -2993,6 +2995,88 @@ def test_every_listed_job_parses_and_builds_its_model_and_data(data, stand_ins, 
             used.add((arch, args.encoder, channels))
             with torch.device("meta"):
                 networks.build("flow" if channels == 2 else arch, args.encoder, channels)
+
+
+# ------------------------------------------------------------------------------------ pictures and a page of runs
+
+def test_gradcam_by_hand():
+    """Of two maps, one speaks for the class that is predicted everywhere and the other against it."""
+    class Encoder(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.stack([images[:, 0], 1 - images[:, 1]], 1) * self.one]
+
+    class Decoder(torch.nn.Module):
+        def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+            score = 3 * features[0][:, :1] - 2 * features[0][:, 1:]
+            return [torch.cat([score, score - 1], 1)]
+
+    encoder = Encoder()
+    encoder.one = torch.nn.Parameter(torch.ones(()))
+    images = torch.rand(2, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    expected = (3 * images[:, 0] - 2 * (1 - images[:, 1])).relu()
+    heat = evaluate.gradcam(networks.Network(encoder, Decoder()), images)
+    assert_close(heat, expected / expected.flatten(1).quantile(0.99, 1).view(2, 1, 1))
+
+
+def test_gradcam_pictures(capsys, world, tmp_path, pretrained, fine_tuned):
+    options = ("--weights", fine_tuned("none"), pretrained("mono"), "--output", tmp_path / "cam.png")
+    for layer in (0, 4):
+        code, output, errors = call(capsys, evaluate, "gradcam", "--data_path", world, "--layer", layer, *options)
+        assert code == 0 and "4 images, 2 models" in output, errors
+        picture = np.asarray(Image.open(tmp_path / "cam.png"))
+        assert picture.shape == (4 * 64, 4 * 128, 3)  # image, label, two models
+        assert all(picture[:, 128 * i:128 * i + 128].std() > 5 for i in range(4))
+    code, _, errors = call(capsys, evaluate, "gradcam", "--data_path", world, "--weights", pretrained("flow"))
+    assert code == 2 and "two frames" in errors
+
+
+class PageReader(HTMLParser):
+    """Checks that every element is closed in its turn, and collects what is shown and what is linked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.links, self.ids, self.text = [], [], [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        self.links += [value for key, value in attributes if key in ("src", "href")]
+        self.ids += [value for key, value in attributes if key == "id"]
+        if tag not in ("meta", "img", "br", "html"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_of_runs(capsys, tmp_path, pretrained, fine_tuned):
+    """Complete in itself: no script, nothing from elsewhere; tables, curves, pictures and options of every run."""
+    shutil.copytree(fine_tuned("none"), tmp_path / "a & b" / "<seg>")
+    shutil.copytree(fine_tuned("frozen"), tmp_path / "a & b" / "seg_frozen")
+    shutil.copytree(pretrained("mono"), tmp_path / "mono")
+    os.remove(tmp_path / "mono" / "result.json")
+    code, output, errors = call(capsys, evaluate, "html", "--log_dir", tmp_path)
+    assert code == 0 and "3 runs" in output, errors
+    content = (tmp_path / "index.html").read_text()
+    page = PageReader()
+    page.feed(content)
+    assert page.open == [] and {"table", "svg", "polyline", "img"} <= set(page.seen) and "script" not in page.seen
+    assert len(page.links) >= 9 and not [link for link in page.links if ":" in link]
+    for link in page.links:
+        assert link[1:] in page.ids if link.startswith("#") else (tmp_path / unquote(link)).is_file()
+    for words in ("<seg>", "a & b", "finished", "at step 4 of 4", "mIoU %", "training loss", '"freeze_encoder": true',
+                  "share of masked pixels"):
+        assert words in page.text
+    code, _, errors = call(capsys, evaluate, "html", "--log_dir", tmp_path / "mono" / "samples")
+    assert code == 2 and "no runs there" in errors
+    (tmp_path / "mono" / "args.json").write_text("{")
+    code, _, errors = call(capsys, evaluate, "html", "--log_dir", tmp_path)
+    assert code == 2 and "mono" in errors and "damaged" in errors and (tmp_path / "index.html").read_text() == content
 
 
 # ------------------------------------------------------------------------------------ learned intrinsics
