@@ -1208,10 +1208,10 @@ class Labelled(Dataset):
         return image, label
 
     def inspect(self, index: int) -> dict:
-        """For `check`: "problems" (a line each), and of a sound pair "size" and "pixels" of every train id."""
+        """For `check`: "problems" (a line each), and of a sound pair "size", "label" size, and "pixels" of every train id."""
         try:
             image, label = self.native(index)
-            return {"index": index, "problems": [], "size": tuple(image.shape[1:]),
+            return {"index": index, "problems": [], "size": tuple(image.shape[1:]), "label": tuple(label.shape),
                     "pixels": label.flatten().bincount(minlength=256)}
         except InputError as error:
             return {"index": index, "problems": [str(error)]}
@@ -2085,6 +2085,9 @@ def describe(dataset: Clips | Labelled, rows: list[dict]) -> list[str]:
 
     sound = [row for row in rows if "size" in row]
     lines = ["sizes: " + tally("{1}x{0}".format(*row["size"]) for row in sound)]
+    other = [row for row in sound if row.get("label", row["size"]) != row["size"]]
+    if other:
+        lines.append("labels of another size than their image: " + tally("{1}x{0}".format(*r["label"]) for r in other))
     if isinstance(dataset, Labelled):
         pixels = torch.stack([row["pixels"] for row in sound] or [torch.zeros(256)])
         shares, images = pixels.sum(0) / pixels.sum(), (pixels > 0).sum(0)
@@ -2170,7 +2173,7 @@ def check_command(args: argparse.Namespace) -> int:
             tiles.append((f"{part}: {os.path.relpath(path, root)}", picture))
         legend = [*zip(dataset.colours, dataset.classes), ((0, 0, 0), "unlabelled")] if args.labels else []
     if tiles and args.output:
-        what = "image, label" if args.labels else f"frames {args.frame_ids}" + ", measured depth" * args.depth
+        what = "image, label" if args.labels else f"frames {args.frame_ids}{', measured depth' * args.depth}"
         contact_sheet(tiles, f"{args.data} at {root}: {what}", legend).save(args.output)
         print(f"{len(tiles)} samples -> {args.output}")
     for problem in problems:

@@ -3745,7 +3745,8 @@ def test_fine_tuning_on_crops_with_jitter(tmp_path, capsys):
 
     def spy(*arguments, **more):
         model = build(*arguments, **more)
-        model.register_forward_pre_hook(lambda module, inputs: shapes.append((module.training, *inputs[0].shape[2:])))
+        model.encoder.register_forward_pre_hook(
+            lambda module, inputs: shapes.append((module.training, *inputs[0].shape[2:])))
         return model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(networks, "build", spy)
