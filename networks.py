@@ -37,6 +37,10 @@ DECODER_CHANNELS = (16, 32, 64, 128, 256)  # of the decoder's five levels, fines
 DPT_CHANNELS = {  # by the ViT's width: of its four maps, and where they are fused
     384: ((48, 96, 192, 384), 64), 768: ((96, 192, 384, 768), 128), 1024: ((256, 512, 1024, 1024), 256)}
 DPT_LAYERS_HELP = "blocks that DPT sees: spread over the depth, or the last four (Depth Anything v1)"
+OPTIONS = {  # what model.pt may say, and as what
+    **dict.fromkeys(("task", "supervision", "depth_loss", "data", "arch", "encoder", "dpt_layers"), str),
+    **dict.fromkeys(("height", "width"), int), **dict.fromkeys(("min_depth", "max_depth"), float),
+    **dict.fromkeys(("classes", "colours"), list), **dict.fromkeys(("metric", "normalize_twice"), bool)}
 POSITIONS = "encoder.encoder.pos_embedding"  # of a VitEncoder; of any grid
 FLOW_RANGE = 0.4  # flow = 0.4 * (sigmoid - 0.5) of the image size: at most a fifth of it in each direction
 
@@ -578,6 +582,15 @@ def rename(tensors: dict, prefix: str, names: tuple) -> dict:
     return renamed
 
 
+def check_parts(path: str, parts: dict) -> None:
+    """Refuse parts that are no dicts of dense tensors by name."""
+    for name, part in parts.items():
+        if not isinstance(part, dict) or not all(
+                isinstance(key, str) and torch.is_tensor(value) and value.layout == torch.strided
+                and value.device.type == "cpu" and not value.is_quantized for key, value in part.items()):
+            raise InputError(f"{path}: {name} is no dict of tensors")
+
+
 def read_checkpoint(path: str) -> tuple[str, dict, dict]:
     """Recognise a checkpoint by its content.
 
@@ -596,6 +609,7 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
         if ("pose" in parts) != ("pose_encoder" in parts):
             raise InputError(f"{path}: pose_encoder.pth and pose.pth belong together, one is missing")
         extra = {key: parts["encoder"].pop(key) for key in ("height", "width", "use_stereo") if key in parts["encoder"]}
+        check_parts(path, parts)
         first_block = parts["encoder"].get("encoder.layer1.0.conv1.weight", torch.empty(0, 0, 3, 3))
         options = {"task": "depth", "supervision": "Monodepth2", "arch": "unet", "min_depth": 0.1, "max_depth": 100.0,
                    "encoder": "resnet50" if first_block.shape[-1] == 1 else "resnet18",  # 1x1: a bottleneck block
@@ -603,11 +617,16 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
         return "Monodepth2 folder", parts, options
     content = read_tensors(path)
     if "options" in content and "encoder" in content:
-        for name, part in content.items():
-            if not isinstance(part, dict) or (name != "options" and not all(map(torch.is_tensor, part.values()))):
-                raise InputError(f"{path}: {name} is no dict of what it should hold")
-        return "depth2seg", {k: v for k, v in content.items() if k != "options"}, content["options"]
-    return *recognise(path, content), {}
+        options = content.pop("options")
+        check_parts(path, content)
+        odd = [key for key, kind in OPTIONS.items() if not isinstance(options, dict) or key in options
+               and not isinstance(options[key], kind)]
+        if odd:
+            raise InputError(f"{path}: its option '{odd[0]}' is none")
+        return "depth2seg", content, options
+    name, parts = recognise(path, content)
+    check_parts(path, parts)
+    return name, parts, {}
 
 
 def imagenet_checkpoint(encoder: str) -> tuple[str, dict, dict]:
@@ -701,15 +720,21 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
     source, parts, options = read_checkpoint(path)
     if "task" not in options or "decoder" not in parts:
         raise InputError(f"{path} ({source}) holds only an encoder: nothing to evaluate")
-    needed = {"arch", "encoder", "height", "width"}
-    if options["task"] == "depth":
-        needed |= {"min_depth", "max_depth"}
-    if not needed <= options.keys() or not all(64 <= options[k] <= 8192 for k in ("height", "width")):
-        raise InputError(f"{path}: its options lack {', '.join(sorted(needed - options.keys())) or 'a sensible size'}")
+    needed = {"depth": {"min_depth", "max_depth"}, "segmentation": {"classes", "colours"}}.get(options["task"], set())
+    needed = needed | {"arch", "encoder", "height", "width"}
+    if not needed <= options.keys():
+        raise InputError(f"{path}: its options lack {', '.join(sorted(needed - options.keys()))}")
+    if not (all(64 <= options[key] <= 8192 for key in ("height", "width"))
+            and 0 < options.get("min_depth", 1) < options.get("max_depth", 2) < math.inf):
+        raise InputError(f"{path}: its options hold no sensible size or range of depth")
+    colours = options.get("colours", [])
+    if len(colours) != len(options.get("classes", [])) or not all(
+            isinstance(c, list) and [x in range(256) for x in c] == 3 * [True] for c in colours):
+        raise InputError(f"{path}: its options hold no red, green and blue of each class")
     arch = "flow" if options["task"] == "flow" else options["arch"]
     heads = sorted(k for k in parts["decoder"] if k.startswith(HEADS.get(arch, ())) and k.endswith("weight"))
-    if not heads:
-        raise InputError(f"{path}: its decoder is none of the architecture '{arch}'")
+    if not heads or (colours and parts["decoder"][heads[0]].shape[0] != len(colours)):
+        raise InputError(f"{path}: its decoder is none of the architecture '{arch}', or has not its classes")
     channels = parts["decoder"][heads[0]].shape[0]
     settings = {key: options[key] for key in ("normalize_twice", "dpt_layers") if key in options}
     model = build(arch, options["encoder"], channels, tuple(range(len(heads))), **settings)
