@@ -2063,6 +2063,13 @@ def parse_range(text: str) -> tuple[int | None, int | None]:
     return start, stop
 
 
+def picture_path(text: str) -> str:
+    """A type for options that name a picture to write."""
+    if not text.lower().endswith(IMAGE_EXTENSIONS):
+        raise argparse.ArgumentTypeError(f"{text} does not end in .png or .jpg")
+    return text
+
+
 # ---------------------------------------------------------------------------------------------- walking a data set
 
 STATIC = 2.0  # of 255: a target whose thumbnail differs less from a source's counts as near-static
@@ -2218,7 +2225,7 @@ def main() -> int:
                        help="of clips (default: 0 -1 1)")
     check.add_argument("--depth", action="store_true", help="walk the measured depth as well")
     check.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes")
-    check.add_argument("--output", metavar="contact.png", help="write a picture of some samples")
+    check.add_argument("--output", type=picture_path, metavar="contact.png", help="write a picture of some samples")
     check.set_defaults(run=check_command, height=64, width=64)
     pack = commands.add_parser("pack", help="write a packed copy, for --cache, or to train on alone with --data packed")
     add_clip_options(pack)

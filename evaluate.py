@@ -976,7 +976,7 @@ def parse_options() -> argparse.Namespace:
         command.add_argument("--data", default="synthetic")
         command.add_argument("--data_path")
         command.add_argument("--weights", nargs="+", required=True, metavar="WEIGHTS")
-        command.add_argument("--output", default=output)
+        command.add_argument("--output", type=datasets.picture_path, default=output)
         command.set_defaults(run=grid_command)
 
     for command in (depth, seg, images, grid, cam):

@@ -419,8 +419,8 @@ def read_tensors(path: str) -> dict:
         raise InputError(f"no checkpoint at {path}") from None
     except Exception as error:  # noqa: BLE001  (unpickling errors, truncated files, texts: all the same to a user)
         held = re.search(r"GLOBAL (\S+)", str(error))  # what to build would mean to run what the file says
-        reason = f"it holds {held[1]}" if held else str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{path} is not a readable checkpoint of tensors: {reason[:160]}") from None
+        reason = f"it holds {held[1]}" if held else "it is damaged, or something else"
+        raise InputError(f"{path} is not a readable checkpoint of tensors: {reason}") from None
     if damaged or not isinstance(content, dict):
         raise InputError(f"{path} is damaged" if damaged else f"{path} holds a {type(content).__name__}, not a dict")
     return content

@@ -1959,6 +1959,7 @@ def run_forked(script: str, options: list[str], output: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as from the shell
     sys.argv = [script, *options]
     utils.run_main({"train_depth.py": train_depth, "train_seg.py": train_seg}[script].main)
 

@@ -34,7 +34,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except (InputError, OSError) as error:  # OSError: a full disk, a file that vanished
         # an error of a loader process comes with its traceback above
-        line = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
+        line = re.sub(r"^(utils.InputError: |\[Errno \d+\] )", "", str(error).strip().splitlines()[-1])
         sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
     except RuntimeError as error:
         if not re.search("DataLoader worker|allocate", str(error)):  # killed from outside, or out of memory
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     """One whose complaints are one line, like those about any other bad input."""
 
     def error(self, message: str) -> None:
-        raise InputError(message.removeprefix("argument ").replace(": ", " ", 1))  # --steps 0 is not ...
+        raise InputError(re.sub("^argument (.+?): ", r"\1 ", message))  # --steps 0 is not ...
 
 
 def within(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
