@@ -2278,7 +2278,7 @@ def test_mistaken_options_are_one_line(tmp_path, capsys, monkeypatch, module, op
 
 @pytest.mark.parametrize("command", ("depth", "seg", "predict", "grid"))
 def test_a_pickle_bomb_as_weights_does_not_run(tmp_path, capsys, command):
-    path, output = save_checkpoint(tmp_path, {"encoder": Bomb(f"{tmp_path}/executed")}), ("--output", f"{tmp_path}/out")
+    path, output = save_checkpoint(tmp_path, {"encoder": Bomb(f"{tmp_path}/executed")}), ("--output", f"{tmp_path}/out.png")
     picture = [write_image(tmp_path / "street.png")] if command in ("predict", "grid") else []
     code, _, errors = call(capsys, evaluate, command, *picture, "--weights", path, *output)
     assert_one_line(code, errors, (path,))
