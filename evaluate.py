@@ -5,6 +5,7 @@
     python evaluate.py predict --weights runs/NAME street.jpg folder/ --output predictions
     python evaluate.py grid street.jpg --weights runs/NAME runs/OTHER --output grid.png
     python evaluate.py gradcam --weights runs/NAME runs/OTHER                # where a shallow layer looks, side by side
+    python evaluate.py export --weights runs/NAME --output depth.onnx        # or --format torch, monodepth2
     python evaluate.py tables --log_dir runs
     python evaluate.py html --log_dir runs                                # a page of all runs: runs/index.html
 
@@ -14,12 +15,14 @@ The metrics are functions that return dicts; training calls the same ones.
 import argparse
 import csv
 import fnmatch
+import functools
 import html
 import json
 import math
 import os
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from urllib.parse import quote
@@ -508,6 +511,69 @@ def grid_command(args: argparse.Namespace) -> int:
     return 0
 
 
+class Exported(torch.nn.Module):
+    """Images (B, 3, H, W) in [0, 1] -> depth (B, 1, H, W), class scores (B, classes, H, W) or colours (B, 3, H, W)."""
+
+    def __init__(self, model: torch.nn.Module, options: dict):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out = self.model(images)[0]
+        if self.options["task"] == "depth":
+            return losses.disparity_to_depth(out.sigmoid(), self.options["min_depth"], self.options["max_depth"])
+        return out if self.options["task"] == "segmentation" else out.sigmoid()
+
+
+def export_graph(path: str, kind: str, model: torch.nn.Module, options: dict, dynamic: bool) -> None:
+    """An ONNX file ("onnx", input "image", output of the task's name) or a file of `torch.export` ("torch")."""
+    if kind == "onnx" and not all(map(find_spec, ("onnx", "onnxscript"))):
+        raise InputError("--format onnx needs two packages more: pip install onnx onnxscript")
+    images, shapes = torch.rand(2, 3, options["height"], options["width"]), None
+    if dynamic:
+        if options["arch"] == "dpt" or options["encoder"] in networks.VITS:
+            raise InputError("--dynamic: a ViT's position embeddings are for one size, leave it out")
+        rows, columns = (model.encoder.stride * torch.export.Dim(name, min=2, max=128) for name in ("rows", "columns"))
+        shapes = ({0: torch.export.Dim("batch", min=1, max=1024), 2: rows, 3: columns},)
+    program = torch.export.export(Exported(model, options).eval(), (images if dynamic else images[:1],),
+                                  dynamic_shapes=shapes)
+    if kind == "torch":
+        write_atomically(path, lambda file: torch.export.save(program, file))
+    else:
+        graph = torch.onnx.export(program, opset_version=18, input_names=["image"], output_names=[options["task"]],
+                                  verbose=False).model_proto
+        write_atomically(path, lambda file: file.write(graph.SerializeToString()))
+
+
+def export_monodepth2(folder: str, parts: dict, options: dict) -> None:
+    """Monodepth2's folder of weights. What it cannot say (a range other than 0.1 to 100 of its units) is added."""
+    if options["task"] != "depth" or options["arch"] != "unet":
+        raise InputError(f"--format monodepth2 is for depth by the U-Net, not {options['task']} by {options['arch']}")
+    depth_range = options["min_depth"], options["max_depth"]
+    stereo = options.get("use_stereo") or depth_range == (0.1 * STEREO_SCALE, 100 * STEREO_SCALE)
+    extra = {"height": options["height"], "width": options["width"], "use_stereo": bool(stereo)}
+    if not stereo and depth_range != (0.1, 100):
+        extra |= {"min_depth": depth_range[0], "max_depth": depth_range[1], "metric": bool(options.get("metric"))}
+    os.makedirs(folder, exist_ok=True)
+    for name, content in {"encoder": {**parts["encoder"], **extra}, "depth": parts["decoder"],
+                          **{k: parts[k] for k in ("pose_encoder", "pose") if k in parts}}.items():
+        write_atomically(os.path.join(folder, f"{name}.pth"), functools.partial(torch.save, content))
+
+
+def export_command(args: argparse.Namespace) -> int:
+    model, options = networks.load_model(args.weights)
+    if options["task"] == "flow":
+        raise InputError("export is for networks that see one image, not for flow")
+    if args.format == "monodepth2":
+        export_monodepth2(args.output, networks.read_checkpoint(args.weights)[1], options)
+    else:
+        export_graph(args.output, args.format, model, options, args.dynamic)
+    size = "any batch and size" if args.dynamic else f"1x3x{options['height']}x{options['width']}"
+    print(f"{args.weights} ({options['task']}) -> {args.output}"
+          + (f": images in [0, 1], {size}" if args.format != "monodepth2" else ""))
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------- tables of many runs
 
 # The paper's tables by the names that run_all.sh gives its runs: columns as patterns of names, in which {} stands for
@@ -981,6 +1047,15 @@ def parse_options() -> argparse.Namespace:
 
     for command in (depth, seg, images, grid, cam):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    export = commands.add_parser("export", help="a network for use elsewhere: ONNX, torch.export, Monodepth2's folder")
+    export.add_argument("--weights", required=True, help="run folder, model.pt or Monodepth2 folder")
+    export.add_argument("--output", required=True, metavar="FILE_OR_FOLDER")
+    export.add_argument("--format", choices=("onnx", "torch", "monodepth2"), default="onnx",
+                        help="a file from images in [0, 1] to depth or class scores (onnx, torch: .pt2), or a folder")
+    export.add_argument("--dynamic", action="store_true",
+                        help="any batch, and any height and width that the encoder's stride divides")
+    export.set_defaults(run=export_command)
 
     tables = commands.add_parser("tables", help="a table of all finished fine-tunings, mean and deviation over seeds")
     tables.add_argument("--log_dir", default="runs", help="folder of run folders; tables.md and .csv go there")

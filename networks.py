@@ -608,7 +608,8 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
             raise InputError(f"{path} holds neither model.pt nor encoder.pth")
         if ("pose" in parts) != ("pose_encoder" in parts):
             raise InputError(f"{path}: pose_encoder.pth and pose.pth belong together, one is missing")
-        extra = {key: parts["encoder"].pop(key) for key in ("height", "width", "use_stereo") if key in parts["encoder"]}
+        extra = {key: parts["encoder"].pop(key) for key in ("height", "width", "use_stereo", "min_depth", "max_depth",
+                                                            "metric") if key in parts["encoder"]}
         check_parts(path, parts)
         first_block = parts["encoder"].get("encoder.layer1.0.conv1.weight", torch.empty(0, 0, 3, 3))
         options = {"task": "depth", "supervision": "Monodepth2", "arch": "unet", "min_depth": 0.1, "max_depth": 100.0,

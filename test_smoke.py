@@ -3082,6 +3082,69 @@ def test_page_of_runs(capsys, tmp_path, pretrained, fine_tuned):
     assert code == 2 and "mono" in errors and "damaged" in errors and (tmp_path / "index.html").read_text() == content
 
 
+# ------------------------------------------------------------------------------------ export
+
+@pytest.mark.parametrize("kind, suffix, dynamic", (
+    ("mono", "onnx", True), ("seg", "onnx", False), ("mono", "torch", False), ("seg", "torch", True)))
+def test_exported_networks_say_the_same(capsys, tmp_path, pretrained, fine_tuned, kind, suffix, dynamic):
+    """A file of onnxruntime's or torch.export's against PyTorch; dynamic ones at another batch and size as well."""
+    onnxruntime = pytest.importorskip("onnxruntime") if suffix == "onnx" else None
+    weights, path = fine_tuned("none") if kind == "seg" else pretrained(kind), str(tmp_path / "network.pt2")
+    code, output, errors = call(capsys, evaluate, "export", "--weights", weights, "--output", path, "--format", suffix,
+                                *["--dynamic"] * dynamic)
+    assert code == 0 and path in output, errors
+    model = evaluate.Exported(*networks.load_model(weights))
+    if onnxruntime:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert [port.name for port in session.get_outputs()] == ["depth" if kind == "mono" else "segmentation"]
+
+        def program(images: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+    else:
+        program = torch.export.load(path).module()
+    for shape in ((1, 3, 64, 96), (3, 3, 96, 128))[:1 + dynamic]:
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected, actual = model(images), program(images)
+        assert expected.shape == (shape[0], 19 if kind == "seg" else 1, *shape[2:])
+        assert_close(actual, expected, relative=1e-4, absolute=1e-4)
+
+
+@pytest.mark.parametrize("kind, unit", (("mono", 1.0), ("stereo", 5.4), ("depth", 1.0)))
+def test_monodepth2_folder_loads_back(capsys, tmp_path, pretrained, kind, unit):
+    """The same depth, in metres where it was; Monodepth2's stereo unit is 5.4 m."""
+    code, _, errors = call(capsys, evaluate, "export", "--weights", pretrained(kind), "--format", "monodepth2",
+                           "--output", tmp_path / "folder")
+    assert code == 0, errors
+    assert {"encoder.pth", "depth.pth"} | ({"pose_encoder.pth", "pose.pth"} if kind == "mono" else set()) == set(
+        os.listdir(tmp_path / "folder"))
+    (model, options), (again, options_again) = (
+        networks.load_model(path) for path in (pretrained(kind), str(tmp_path / "folder")))
+    assert (options_again["height"], options_again["width"]) == (64, 96)
+    assert options_again["use_stereo"] == (kind == "stereo") and bool(options_again.get("metric")) == (kind == "depth")
+    assert differing(model.state_dict(), again.state_dict()) == []
+    images = smooth_images(1, 64, 96)
+    with torch.inference_mode():
+        depth, depth_again = (evaluate.Exported(*pair)(images) for pair in ((model, options), (again, options_again)))
+    assert_close(unit * depth_again, depth)
+    if kind == "mono":
+        poses = [networks.PoseNet(), networks.PoseNet()]
+        for pose, path in zip(poses, (pretrained(kind), str(tmp_path / "folder"))):
+            networks.load_weights(networks.build("unet", "resnet18", 1, (0, 1, 2, 3)), path, "depth", pose=pose)
+        assert differing(poses[0].state_dict(), poses[1].state_dict()) == []
+
+
+def test_what_cannot_be_exported(capsys, monkeypatch, tmp_path, pretrained, fine_tuned):
+    for weights, options, words in (
+            (pretrained("flow"), (), "not for flow"), (fine_tuned("none"), ("--format", "monodepth2"), "for depth"),
+            (pretrained("mono"), (), "pip install onnx")):
+        if "pip" in words:
+            monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+        code, _, errors = call(capsys, evaluate, "export", "--weights", weights, "--output", tmp_path / "x", *options)
+        assert code == 2 and words in errors and len(errors.strip().splitlines()) == 1
+    assert os.listdir(tmp_path) == []
+
+
 # ------------------------------------------------------------------------------------ learned intrinsics
 
 def render_room(K: torch.Tensor, pose: torch.Tensor, height: int, width: int) -> torch.Tensor:
