@@ -810,8 +810,9 @@ class NyuClips(Frames):
         return os.path.join(folder, f"sync_depth_{name.removeprefix('rgb_')}.png")
 
     def _intrinsics(self, root: str, folder: str, fov: float | None, first: str) -> tuple[np.ndarray, str]:
-        if read_image(first).shape[1:] == (480, 640) and not os.path.isfile(os.path.join(folder, "intrinsics.txt")):
-            return NYU_CAMERA, "NYU's camera"
+        height, width = read_image(first).shape[1:]
+        if 4 * height == 3 * width and not os.path.isfile(os.path.join(folder, "intrinsics.txt")):  # whole, if smaller
+            return resize_intrinsics(NYU_CAMERA, (480, 640), (height, width)), "NYU's camera"
         return super()._intrinsics(root, folder, fov, first)
 
 
@@ -831,21 +832,18 @@ class CityscapesClips(Clips):
         offsets, samples = [int(f) for f in frame_ids], []
         kind = "_sequence" if len(offsets) > 1 else ""
         for city in drives or list_folder(os.path.join(root, f"leftImg8bit{kind}", "train")):
-            labelled = self._places("camera", city, "camera.json")
             paths = {place: self._file(f"leftImg8bit{kind}", city, *place, "leftImg8bit.png")
                      for place in self._places(f"leftImg8bit{kind}", city, "leftImg8bit.png")}
             for sequence, number in list(paths)[slice(*frames)]:
-                images = [paths.get((sequence, number + offset)) for offset in offsets]
                 depth = self._file(f"disparity{kind}", city, sequence, number, "disparity.png")
-                near = [other for camera_sequence, other in labelled if camera_sequence == sequence]
-                if not near:
-                    raise InputError(f"{root}/camera/train/{city}: no camera.json of sequence {sequence:06d}")
-                nearest = min(near, key=lambda other: abs(other - number))
-                K_from = self._file("camera", city, sequence, nearest, "camera.json")
-                K, metres = self._camera(K_from)
-                samples.append({"images": images, "K": K, "K_from": K_from, "baseline": None,
-                                "depth": (depth, metres) if with_depth and os.path.isfile(depth) else None})
-        super().__init__(self.complete(samples, with_depth, "a disparity image"), with_depth=with_depth, **options)
+                samples.append({"images": [paths.get((sequence, number + offset)) for offset in offsets],
+                                "place": (city, sequence, number), "baseline": None,
+                                "depth": depth if with_depth and os.path.isfile(depth) else None})
+        samples = self.complete(samples, with_depth, "a disparity image")
+        for sample in samples:
+            sample["K"], sample["K_from"], metres = self._camera(*sample.pop("place"))
+            sample["depth"] = (sample["depth"], metres)
+        super().__init__(samples, with_depth=with_depth, **options)
 
     def _places(self, kind: str, city: str, ending: str) -> list[tuple[int, int]]:
         """(sequence, frame number) of the files in a city's folder."""
@@ -856,8 +854,15 @@ class CityscapesClips(Clips):
     def _file(self, kind: str, city: str, sequence: int, number: int, ending: str) -> str:
         return os.path.join(self.root, kind, "train", city, f"{city}_{sequence:06d}_{number:06d}_{ending}")
 
-    def _camera(self, path: str) -> tuple[np.ndarray, float]:
-        """K in pixels of the 2048x1024 images, and baseline * fx: depth in metres at a disparity of one pixel."""
+    def _camera(self, city: str, sequence: int, number: int) -> tuple[np.ndarray, str, float]:
+        """K in pixels of the 2048x1024 images, its file, and baseline * fx: metres at a disparity of one pixel."""
+        if city not in self.cameras:
+            self.cameras[city] = self._places("camera", city, "camera.json")
+        near = [other for camera_sequence, other in self.cameras[city] if camera_sequence == sequence]
+        if not near:
+            raise InputError(f"{self.root}/camera/train/{city}: no camera.json of sequence {sequence:06d}")
+        nearest = min(near, key=lambda other: abs(other - number))
+        path = self._file("camera", city, sequence, nearest, "camera.json")
         if path not in self.cameras:
             try:
                 with open(path) as file:
@@ -869,7 +874,7 @@ class CityscapesClips(Clips):
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path}: no camera with intrinsic fx, fy, u0, v0 and extrinsic baseline "
                                  f"({type(error).__name__} {error})") from None
-            self.cameras[path] = np.array([[fx, 0, u0], [0, fy, v0], [0, 0, 1]]), metres
+            self.cameras[path] = np.array([[fx, 0, u0], [0, fy, v0], [0, 0, 1]]), path, metres
         return self.cameras[path]
 
     def depth_map(self, depth: tuple[str, float]) -> np.ndarray:
@@ -1208,7 +1213,7 @@ class Labelled(Dataset):
         return image, label
 
     def inspect(self, index: int) -> dict:
-        """For `check`: "problems" (a line each), and of a sound pair "size", "label" size, and "pixels" of every train id."""
+        """For `check`: "problems" (a line each); of a sound pair "size", the "label" size and "pixels" of each id."""
         try:
             image, label = self.native(index)
             return {"index": index, "problems": [], "size": tuple(image.shape[1:]), "label": tuple(label.shape),
