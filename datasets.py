@@ -238,17 +238,16 @@ def crop_and_flip(sample: dict, crop: tuple[int, int] | None, rng: np.random.Gen
         sample["K"][1, 2] -= top
         if flip:
             sample["K"][0, 2] = width - 1 - sample["K"][0, 2]
-        sample["mirrored"] = flip
     if flip and "stereo_T" in sample:
         sample["stereo_T"][0, 3] *= -1
-    return {**sample, "flip": flip}
+    return {**sample, "mirrored": flip}
 
 
 # ---------------------------------------------------------------------------------------------- batches on the device
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """Move a batch, then turn image bytes into floats in [0, 1]. Which samples they are remains to be read here."""
-    batch = {key: value if key in ("index", "flip") else value.to(device, non_blocking=True)
+    batch = {key: value if key in ("index", "mirrored") else value.to(device, non_blocking=True)
              for key, value in batch.items()}
     return {key: value.float() / 255 if value.dtype == torch.uint8 else value for key, value in batch.items()}
 
@@ -272,20 +271,23 @@ def color_jitter(frames: torch.Tensor, generator: torch.Generator, strength: flo
 
     frames: (B, F, 3, H, W) or (B, 3, H, W) in [0, 1]. For the networks only; losses see the unjittered frames.
     """
-    B = len(frames)
-    draws = torch.rand(B, 5, generator=generator, device=frames.device)
+    draws = torch.rand(len(frames), 5, generator=generator)  # not on the device, where asking for the chosen would wait
     chosen = (draws[:, 0] < probability).nonzero()[:, 0]
     if len(chosen) == 0:
         return frames
     shape = (-1,) + (1,) * (frames.dim() - 1)
-    x, (b, c, s, h) = frames[chosen], (2 * draws[chosen, 1:] - 1).view(-1, 4).unbind(1)
+    draws = (2 * draws[chosen, 1:] - 1).to(frames.device, non_blocking=True)
+    chosen = chosen.to(frames.device, non_blocking=True)
+    x, (b, c, s, h) = frames[chosen], draws.unbind(1)
     brightness, contrast, saturation = (1 + strength * d.view(shape) for d in (b, c, s))
-    gray_weights = x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+
+    def luma(x: torch.Tensor) -> torch.Tensor:
+        red, green, blue = x.split(1, -3)
+        return 0.299 * red + 0.587 * green + 0.114 * blue
+
     x = (x * brightness).clamp(0, 1)
-    mean = (x * gray_weights).sum(-3, keepdim=True).mean((-2, -1), keepdim=True)
-    x = (mean + contrast * (x - mean)).clamp(0, 1)
-    gray = (x * gray_weights).sum(-3, keepdim=True)
-    x = (gray + saturation * (x - gray)).clamp(0, 1)
+    x = torch.lerp(luma(x).mean((-2, -1), keepdim=True), x, contrast).clamp(0, 1)
+    x = torch.lerp(luma(x), x, saturation).clamp(0, 1)
     x = shift_hue(x, hue * h.view(shape[:-1]))
     out = frames.clone()
     out[chosen] = x
@@ -301,7 +303,7 @@ def remove_patches(images: torch.Tensor, generator: torch.Generator, kind: str =
     B, _, H, W = images.shape
 
     def uniform(*size: int) -> torch.Tensor:
-        return torch.rand(*size, generator=generator, device=images.device)
+        return torch.rand(*size, generator=generator).to(images.device, non_blocking=True)
 
     rows = torch.arange(H, device=images.device).view(1, 1, H)
     columns = torch.arange(W, device=images.device).view(1, 1, W)
@@ -1121,6 +1123,26 @@ class Packed(Clips):
         return sample
 
 
+class RandomClips(Clips):
+    """Noise that comes from no file, with stereo and depth as asked for: to time all but the reading of data."""
+
+    name = "random noise"
+
+    def __init__(self, root: str, frame_ids: list[str], drives: None = None, frames: tuple = (None, None), **options):
+        super().__init__(range(1000), **options)
+        self.shape, self.stereo = (len(frame_ids), 3, *self.size), "s" in frame_ids
+
+    def read(self, index: int) -> dict:
+        rng = np.random.default_rng(index)
+        sample = {"frames": torch.from_numpy(rng.integers(256, size=self.shape, dtype=np.uint8)), "index": index,
+                  "K": torch.from_numpy(fov_intrinsics(self.size[1], self.size[0], 80)).float()}
+        if self.stereo:
+            sample["stereo_T"] = translation_x(-0.5)
+        if self.with_depth:
+            sample["depth"] = torch.from_numpy(rng.uniform(1, 80, (1, *self.size)).astype(np.float32))
+        return sample
+
+
 # ---------------------------------------------------------------------------------------------- labelled images
 
 def lookup_table(ids: dict[int, int]) -> np.ndarray:
@@ -1399,6 +1421,22 @@ def unpack_nyu(root: str) -> None:
     except Exception as error:  # noqa: BLE001  (of two readers, each with exceptions of its own)
         raise InputError(f"{root}: nyu_depth_v2_labeled.mat, splits.mat and classMapping40.mat are needed there, "
                          f"as published ({error})") from None
+
+
+class RandomLabels(Labelled):
+    """Noise of KITTI's size, in KITTI's classes, that comes from no file: to time all but the reading of data."""
+
+    classes, colours, table = CITYSCAPES_CLASSES, CITYSCAPES_COLOURS, CITYSCAPES_TABLE
+
+    def __init__(self, root: str, split: str, **options):
+        super().__init__([(os.devnull, os.devnull)] * 200, split, **options)
+
+    def native_label(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.random.default_rng(index).integers(19, size=(375, 1242)))
+
+    def native(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = np.random.default_rng(index).integers(256, size=(3, 375, 1242), dtype=np.uint8)
+        return torch.from_numpy(image), self.native_label(index)
 
 
 # ---------------------------------------------------------------------------------------------- the synthetic world
@@ -2007,9 +2045,10 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labell
 # ---------------------------------------------------------------------------------------------- by name
 
 CLIPS = {"kitti": KittiRaw, "synthetic": KittiRaw, "cityscapes": CityscapesClips, "camvid": CamVidClips,
-         "nyu": NyuClips, "frames": Frames, "packed": Packed}
+         "nyu": NyuClips, "frames": Frames, "packed": Packed, "random": RandomClips}
 LABELLED = {"kitti": KittiSemantics, "synthetic": KittiSemantics, "cityscapes": Cityscapes, "camvid": CamVid,
-            "nyu": Nyu, "nyu13": Nyu13, "voc": Voc, "ade20k": Ade20k}
+            "nyu": Nyu, "nyu13": Nyu13, "voc": Voc, "ade20k": Ade20k,
+            "random": RandomLabels}
 
 
 def find_data(name: str, path: str | None, known: dict) -> tuple[type, str]:
@@ -2023,7 +2062,7 @@ def find_data(name: str, path: str | None, known: dict) -> tuple[type, str]:
         except InputError:
             if not os.path.exists(path):  # else another process was faster
                 raise
-    if not os.path.exists(path):
+    if not os.path.exists(path) and name != "random":
         raise InputError(f"{path}: no such folder; give the root of {name} with --data_path (README, Data: its layout)")
     return known[name], path
 
@@ -2209,6 +2248,22 @@ def pack_command(args: argparse.Namespace) -> None:
     print(f"{path}: {len(dataset)} clips of {dataset.name}" + f" (left out: {dataset.dropped})" * bool(dataset.dropped))
 
 
+def benchmark_command(args: argparse.Namespace) -> None:
+    """Read batches as a training does, flipped and jittered; the last line is a JSON object."""
+    args.seed, args.on_bad_sample, args.device = 0, "stop", "cpu"
+    dataset = find_clips(args, args.frame_ids, with_depth=False, augment=True)
+    generator, start, args.steps = torch.Generator().manual_seed(0), 0.0, args.steps + 2
+    for step, batch in enumerate(train_loader(dataset, args, 0)):
+        color_jitter(to_device(batch, torch.device("cpu"))["frames"], generator)
+        if step == 1:
+            start = time.perf_counter()
+    seconds = (time.perf_counter() - start) / (args.steps - 2)
+    record = {"samples_per_s": args.batch_size / seconds, "ms_per_batch": 1000 * seconds,
+              "device": f"cpu, {torch.get_num_threads()} threads"}
+    print(f"{record['samples_per_s']:.1f} samples of {len(args.frame_ids)} frames a second from {dataset.name}")
+    print(json.dumps({**record, "options": {k: v for k, v in vars(args).items() if k != "run"}}))
+
+
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -2232,16 +2287,22 @@ def main() -> int:
     check.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes")
     check.add_argument("--output", type=picture_path, metavar="contact.png", help="write a picture of some samples")
     check.set_defaults(run=check_command, height=64, width=64)
+    benchmark = commands.add_parser("benchmark", help="how many samples a second the loader makes, with jitter on half")
     pack = commands.add_parser("pack", help="write a packed copy, for --cache, or to train on alone with --data packed")
-    add_clip_options(pack)
-    pack.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
-    pack.add_argument("--height", type=within(int, 64, 8192), default=192, help="pixels")
-    pack.add_argument("--width", type=within(int, 64, 8192), default=640, help="pixels")
-    pack.add_argument("--frame_ids", nargs="+", default=["0", "-1", "1"], metavar="ID",
-                      help="target, source frames, and s for the other camera: those of a training, or more")
+    for command in (pack, benchmark):
+        add_clip_options(command)
+        command.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
+        command.add_argument("--height", type=within(int, 64, 8192), default=192, help="pixels")
+        command.add_argument("--width", type=within(int, 64, 8192), default=640, help="pixels")
+        command.add_argument("--frame_ids", nargs="+", default=["0", "-1", "1"], metavar="ID",
+                             help="target, source frames, and s for the other camera: those of a training, or more")
     pack.add_argument("--depth", action="store_true", help="measured depth as well")
     pack.add_argument("--output", required=True, metavar="FOLDER", help="what --cache or --data_path then names")
     pack.set_defaults(run=pack_command)
+    benchmark.add_argument("--batch_size", type=within(int, 1), default=12)
+    benchmark.add_argument("--num_workers", type=within(int, 0, 256), default=0, help="loader processes; 0 for none")
+    benchmark.add_argument("--steps", type=within(int, 1), default=10, help="batches")
+    benchmark.set_defaults(run=benchmark_command)
     unpack = commands.add_parser("unpack", help="write NYU-v2's labelled images from its .mat files (h5py, scipy)")
     unpack.add_argument("--data_path", default="data/nyu", help="folder of the .mat files; the images go there as well")
     unpack.set_defaults(run=lambda args: unpack_nyu(args.data_path))

@@ -9,13 +9,19 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 
 SSIM_WEIGHT = 0.85  # photometric error = 0.85 SSIM + 0.15 L1
 C1, C2 = 0.01 ** 2, 0.03 ** 2
+
+
+def constant(like: torch.Tensor, *values: float) -> torch.Tensor:
+    """A vector on the device of `like`, made there: to copy numbers to a GPU is to wait for it."""
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 # ---------------------------------------------------------------------------------------------- geometry
@@ -45,8 +51,29 @@ def pose_to_matrix(axisangle: torch.Tensor, translation: torch.Tensor, invert: b
     if invert:
         rotation = rotation.transpose(1, 2)
         translation = -rotation @ translation
-    bottom = eye.new_tensor([0, 0, 0, 1]).expand(len(axisangle), 1, 4)
+    bottom = constant(eye, 0, 0, 0, 1).expand(len(axisangle), 1, 4)
     return torch.cat([torch.cat([rotation, translation], 2), bottom], 1)
+
+
+def pixel_rays(K: torch.Tensor, T: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All of projection but the depth: a target pixel at depth d lands in the source view at d * ray + origin.
+
+    Returns rays (B, 3, height, width) and origins (B, 3, 1, 1), in the source's homogeneous pixels.
+    """
+    y, x = torch.meshgrid(torch.arange(height, dtype=K.dtype, device=K.device),
+                          torch.arange(width, dtype=K.dtype, device=K.device), indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)]).view(1, 3, -1)
+    # K (R d K^-1 p + t) = d (K R K^-1) p + K t: one matrix product a view instead of three
+    rays = K @ T[:, :3, :3] @ torch.linalg.inv_ex(K)[0] @ pixels  # inv would wait for the device, to check
+    return rays.view(-1, 3, height, width), (K @ T[:, :3, 3:])[..., None]
+
+
+def follow(depth: torch.Tensor, rays: torch.Tensor, origin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`project` along `pixel_rays`."""
+    points, z = torch.addcmul(origin, depth, rays).split((2, 1), 1)
+    divisor = z + 1e-7
+    divisor = divisor + (divisor == 0)  # infinities would turn the gradient of grid_sample into NaN
+    return (points / divisor).permute(0, 2, 3, 1), z
 
 
 def project(depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,15 +81,7 @@ def project(depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor) -> tuple[torc
 
     Returns pixel coordinates (B, H, W, 2), x then y, and the points' depth z in the source camera (B, 1, H, W).
     """
-    B, _, H, W = depth.shape
-    y, x = torch.meshgrid(torch.arange(H, dtype=depth.dtype, device=depth.device),
-                          torch.arange(W, dtype=depth.dtype, device=depth.device), indexing="ij")
-    pixels = torch.stack([x, y, torch.ones_like(x)]).view(1, 3, -1)
-    # K (R d K^-1 p + t) = d (K R K^-1) p + K t: one matrix product a view instead of three
-    rays = K @ T[:, :3, :3] @ torch.linalg.inv(K) @ pixels  # (B, 3, H * W)
-    points = depth.view(B, 1, -1) * rays + K @ T[:, :3, 3:]
-    z = points[:, 2:]
-    return (points[:, :2] / (z + 1e-7)).view(B, 2, H, W).permute(0, 2, 3, 1), z.view(B, 1, H, W)
+    return follow(depth, *pixel_rays(K, T, *depth.shape[2:]))
 
 
 def sample(image: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,20 +89,19 @@ def sample(image: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, tor
 
     Returns samples (B, C, H, W) and where the position was inside the image (B, 1, H, W) bool.
     """
-    limit = pixels.new_tensor([image.shape[3] - 1, image.shape[2] - 1])
-    grid = pixels * (2 / limit) - 1
-    inside = (grid.abs() <= 1).all(3)[:, None]  # NaN compares false
-    grid = grid.nan_to_num(nan=2.0, posinf=2.0, neginf=-2.0)  # grid_sample's gradient does not survive NaN
+    grid = pixels * (2 / constant(pixels, image.shape[3] - 1, image.shape[2] - 1)) - 1
+    inside = (grid.detach().abs() <= 1).all(3)[:, None]  # NaN compares false
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True), inside
 
 
-def synthesize(source: torch.Tensor, depth: torch.Tensor, K: torch.Tensor,
-               T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def synthesize(source: torch.Tensor, depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor,
+               rays: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """View synthesis: the target view painted with the source's colours, (B, 3, H, W).
 
     Also returns where that colour means something (B, 1, H, W) bool: in front of the source camera and in its image.
+    rays: `pixel_rays` of K and T where they are at hand.
     """
-    pixels, z = project(depth, K, T)
+    pixels, z = follow(depth, *(rays or pixel_rays(K, T, *depth.shape[2:])))
     warped, inside = sample(source, pixels)
     return warped, inside & (z > 0)
 
@@ -92,8 +110,11 @@ def synthesize(source: torch.Tensor, depth: torch.Tensor, K: torch.Tensor,
 
 def box3(x: torch.Tensor) -> torch.Tensor:
     """Sum over 3x3 windows of an already padded map; shifted sums are several times faster than avg_pool2d on a CPU."""
-    x = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
-    return x[..., :-2] + x[..., 1:-1] + x[..., 2:]
+    rows = x[:, :, :-2] + x[:, :, 1:-1]
+    rows += x[:, :, 2:]
+    sums = rows[..., :-2] + rows[..., 1:-1]
+    sums += rows[..., 2:]
+    return sums
 
 
 def local_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,15 +124,43 @@ def local_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return padded, mean, box3(padded * padded) / 9 - mean * mean
 
 
+class SsimError(torch.autograd.Function):
+    """`ssim_error` with its derivative written out: five maps are kept for it, where recording would keep thirty."""
+
+    @staticmethod
+    def forward(ctx, prediction: torch.Tensor, target: torch.Tensor, mean_y: torch.Tensor,
+                var_y: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(prediction, (1, 1, 1, 1), mode="reflect")
+        mean_x = box3(padded).div_(9)
+        product, square = mean_x * mean_y, mean_x * mean_x
+        contrast = box3(padded * target).div_(4.5).sub_(product, alpha=2).add_(C2)  # 2 covariance + C2
+        variances = box3(padded * padded).div_(9).sub_(square).add_(var_y).add_(C2)  # var_x + var_y + C2
+        luminance = product.mul_(2).add_(C1)  # 2 mean_x mean_y + C1
+        means = square.addcmul_(mean_y, mean_y).add_(C1)  # mean_x^2 + mean_y^2 + C1
+        inverse = (means * variances).reciprocal_()
+        by_contrast = luminance * inverse  # d ssim / d contrast
+        ssim = by_contrast * contrast
+        if ctx.needs_input_grad[0]:
+            by_mean = (contrast - luminance).mul_(mean_y).addcmul_((variances - means).mul_(ssim), mean_x, value=-1)
+            ctx.save_for_backward(padded, target, by_mean.mul_(inverse), ssim / variances, by_contrast)
+        return ssim.mul_(-0.5).add_(0.5).clamp_(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        padded, target, by_mean, by_square, by_contrast = ctx.saved_tensors
+        # a pixel belongs to nine windows; in each it counts through mean_x, the mean of x^2 and that of x y
+        windows = [box3(F.pad(part * gradient, (2, 2, 2, 2))) for part in (by_mean, by_square, by_contrast)]
+        total = windows[0].addcmul_(windows[1], padded, value=-1).addcmul_(windows[2], target)
+        total[:, :, 2] += total[:, :, 0]  # what was reflected at the border
+        total[:, :, -3] += total[:, :, -1]
+        total[..., 2] += total[..., 0]
+        total[..., -3] += total[..., -1]
+        return total[:, :, 1:-1, 1:-1] / -9, None, None, None  # d error = - d ssim / 2; every term above is half
+
+
 def ssim_error(prediction: torch.Tensor, target_statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """clamp((1 - SSIM) / 2, 0, 1) per pixel and channel, (B, C, H, W)."""
-    target, mean_y, var_y = target_statistics
-    padded, mean_x, var_x = local_statistics(prediction)
-    mean_xy = mean_x * mean_y
-    covariance = box3(padded * target) / 9 - mean_xy
-    numerator = (2 * mean_xy + C1) * (2 * covariance + C2)
-    denominator = (mean_x * mean_x + mean_y * mean_y + C1) * (var_x + var_y + C2)
-    return ((1 - numerator / denominator) / 2).clamp(0, 1)
+    """clamp((1 - SSIM) / 2, 0, 1) per pixel and channel, (B, C, H, W); of the target, its `local_statistics`."""
+    return SsimError.apply(prediction, *target_statistics)
 
 
 def photometric_error(prediction: torch.Tensor, target: torch.Tensor, target_statistics: tuple | None = None,
@@ -154,7 +203,8 @@ def image_pyramid(image: torch.Tensor, levels: int = 4) -> list[torch.Tensor]:
 def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sources: list[torch.Tensor],
                K: torch.Tensor, poses: list[torch.Tensor], *, min_depth: float = 0.1, max_depth: float = 100.0,
                smoothness_weight: float = 1e-3, automask: bool = True, minimum: bool = True, ssim: bool = True,
-               mask_outside: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+               mask_outside: bool = True, compare: Callable = photometric_error,
+               batched: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Photometric depth loss of Monodepth2: first term of Eq. (1), at four scales and full resolution.
 
     disparities: sigmoid outputs, finest first; pyramid: the target image at those scales (`image_pyramid`);
@@ -163,23 +213,31 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
     least as well as the warped one do not train (they still count in the reported value, as in Monodepth2).
     mask_outside: views that see a pixel behind them or outside their image do not compete; False compares with the
     border's colour, as Monodepth2 does. ssim: False leaves L1 alone. Both are for parity and ablations.
+    compare: `photometric_error`, maybe compiled. batched: the scales go through as one batch, not one after the other.
     Returns (terms, views): scalars "loss", "photometric", "smoothness", "masked" (share of pixels that do not train);
     finest-scale maps "depth", "warped" (B, sources, 3, H, W) and "mask" (B, 1, H, W) bool, True where it trains.
     """
-    target = pyramid[0]
+    target, B = pyramid[0], len(pyramid[0])
     statistics = local_statistics(target)
     reduce = (lambda errors: torch.cat(errors, 1).amin(1, keepdim=True)) if minimum else \
              (lambda errors: torch.cat(errors, 1).mean(1, keepdim=True))
     if automask:  # the same at every scale: computed once, without gradients
         with torch.no_grad():
-            identity = reduce([photometric_error(source, target, statistics, ssim) for source in sources])
+            identity = reduce([compare(source, target, statistics, ssim) for source in sources])
+    rays = [pixel_rays(K, T, *target.shape[2:]) for T in poses]  # as are these
+    full = [upsample(disparity, target.shape[2:]) for disparity in disparities]
+    if batched:
+        def repeated(maps: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+            return [x.repeat(len(disparities), 1, 1, 1) for x in maps]
 
-    photometric, smooth, views = [], [], {}
-    for scale, disparity in enumerate(disparities):
-        full = upsample(disparity, target.shape[2:])
-        depth = disparity_to_depth(full, min_depth, max_depth)
-        warped, valid = zip(*[synthesize(source, depth, K, T) for source, T in zip(sources, poses)])
-        errors = [photometric_error(view, target, statistics, ssim) for view in warped]
+        full, sources, statistics = [torch.cat(full)], repeated(sources), repeated(statistics)
+        rays, (target, identity) = [repeated(r) for r in rays], repeated((target, identity if automask else target))
+
+    photometric, views = [], {}
+    for disparity in full:
+        depth = disparity_to_depth(disparity, min_depth, max_depth)
+        warped, valid = zip(*[synthesize(*view) for view in zip(sources, repeat(depth), repeat(K), poses, rays)])
+        errors = [compare(view, target, statistics, ssim) for view in warped]
         if mask_outside:
             seen = torch.cat(valid, 1)  # (B, sources, H, W)
             stacked = torch.cat(errors, 1)
@@ -197,14 +255,13 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
         else:
             error = torch.where(trains, error, torch.zeros_like(error))
         photometric.append(error.mean())
-        smooth.append(disparity_smoothness(disparity, pyramid[scale]) / 2 ** scale)
-        if scale == 0:
-            masked = 1 - trains.float().mean()
-            views = {"depth": depth.detach(), "warped": torch.stack(warped, 1).detach(), "mask": trains}
+        if not views:  # the finest scale
+            views = {"depth": depth[:B].detach(), "warped": torch.stack(warped, 1)[:B].detach(), "mask": trains[:B]}
 
+    smooth = [disparity_smoothness(*level) / 2 ** scale for scale, level in enumerate(zip(disparities, pyramid))]
     terms = {"photometric": torch.stack(photometric).mean(), "smoothness": torch.stack(smooth).mean()}
     terms["loss"] = terms["photometric"] + smoothness_weight * terms["smoothness"]
-    terms["masked"] = masked
+    terms["masked"] = 1 - views["mask"].float().mean()
     return terms, views
 
 
@@ -280,13 +337,13 @@ def flow_loss(flows: list[torch.Tensor], pyramid: list[torch.Tensor], source: to
         warped, inside = sample(source, pixels + full.permute(0, 2, 3, 1))
         error = photometric_error(warped, target, statistics)
         photometric.append((error * inside).sum() / inside.sum().clamp(min=1) if mask_outside else error.mean())
-        size = flow.new_tensor([flow.shape[3], flow.shape[2]]).view(1, 2, 1, 1)
+        size = constant(flow, flow.shape[3], flow.shape[2]).view(1, 2, 1, 1)
         smooth.append(smoothness(flow / size, pyramid[scale]))  # as a share of the image, whatever the resolution
         weights.append(1 / 2 ** scale)
         if scale == 0:
             views = {"flow": flow.detach(), "warped": warped.detach()}
             outside = 1 - inside.float().mean()
-    weights = target.new_tensor(weights) / sum(weights)
+    weights = constant(target, *weights) / sum(weights)
     terms = {"photometric": (torch.stack(photometric) * weights).sum(),
              "smoothness": (torch.stack(smooth) * weights).sum()}
     terms["loss"] = terms["photometric"] + smoothness_weight * terms["smoothness"]
@@ -307,7 +364,7 @@ def reconstruction_loss(reconstructions: list[torch.Tensor], pyramid: list[torch
         error = (prediction - pyramid[scale]).abs().mean(1, keepdim=True)
         losses.append((error * mask).sum() / mask.sum().clamp(min=1))
         weights.append(1 / 2 ** scale)
-    weights = removed.new_tensor(weights, dtype=torch.float32)
+    weights = constant(losses[0], *weights)
     return (torch.stack(losses) * weights).sum() / weights.sum()
 
 

@@ -276,8 +276,8 @@ class FlowNet(nn.Module):
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
         features = self.encoder(torch.cat([first, second]))  # one batch, so that both share batch-norm statistics too
         outputs = self.decoder([torch.cat(f.chunk(2), 1) for f in features])
-        return [FLOW_RANGE * (out.sigmoid() - 0.5) * out.new_tensor([out.shape[3], out.shape[2]]).view(1, 2, 1, 1)
-                for out in outputs]
+        shares = [FLOW_RANGE * (out.float().sigmoid() - 0.5) for out in outputs]  # bfloat16 would step by half a pixel
+        return [torch.cat([share[:, :1] * share.shape[3], share[:, 1:] * share.shape[2]], 1) for share in shares]
 
 
 class PoseDecoder(nn.Module):
@@ -292,7 +292,7 @@ class PoseDecoder(nn.Module):
         x = features
         for conv in self.net[:3]:
             x = F.relu(conv(x))
-        pose = 0.01 * self.net[3](x).mean((2, 3)).view(len(x), -1, 6)  # starts near the identity
+        pose = 0.01 * self.net[3](x).float().mean((2, 3)).view(len(x), -1, 6)  # starts near the identity
         return pose[..., :3], pose[..., 3:]
 
 
@@ -344,7 +344,7 @@ class Intrinsics(nn.Module):
         """
         change = (self.cameras() - self.given)[camera]
         sign = torch.ones_like(K)
-        sign[:, 0, 2] -= 2 * mirrored
+        sign[:, 0, 2] -= 2 * mirrored.to(K.device, non_blocking=True)
         per_focal_length = (-math.log(3) * self.focal[camera].tanh()).exp()
         return K + sign * change, F.pad(per_focal_length.expand(-1, 2), (0, 1), value=1)
 

@@ -10,7 +10,6 @@ Weights, options, log and pictures go to runs/<name>/. The same command again co
 
 import argparse
 import math
-import time
 from functools import partial
 
 import numpy as np
@@ -21,6 +20,7 @@ import datasets
 import evaluate
 import losses
 import networks
+import utils
 from utils import STOPPED, InputError, Meter, Parser, Run, add_common_options, pick_device, run_main, save_json, within
 
 INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
@@ -74,6 +74,9 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--average_sources", action="store_true", help="mean error over sources instead of the minimum")
     group.add_argument("--patches", choices=("patches", "rectangles"), default="rectangles",
                        help="what --task reconstruction removes: the paper's rectangles, the release's 7x7 patches")
+    group.add_argument("--scales", choices=("auto", "looped", "batched"), default="auto",
+                       help="the photometric loss of the four scales one after the other, or as one batch, which takes "
+                            "more memory (auto: batched on a GPU)")
     add_common_options(parser)
     args = parser.parse_args()
 
@@ -106,6 +109,7 @@ def parse_options() -> argparse.Namespace:
     network = args.encoder if args.arch == "unet" else f"{args.arch}_{args.encoder}"
     args.name = args.name or f"{kind}_{args.data}_{network}_{init}_seed{args.seed}"
     networks.check_options(args)
+    utils.prepare_benchmark(args)
     return args
 
 
@@ -117,44 +121,51 @@ def make_dataset(args: argparse.Namespace) -> datasets.Clips:
                                with_depth=args.task == "depth" and args.supervision == "depth", fov=fov)
 
 
-def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
-                 step: int) -> tuple[dict, dict]:
-    """Loss terms and maps to look at, of one batch. Networks see jittered frames, losses the real ones."""
-    frames = batch["frames"]  # (B, F, 3, H, W), target first
-    generator = torch.Generator(frames.device).manual_seed(args.seed * 1_000_003 + step)
-    jittered = datasets.color_jitter(frames[:, :len(args.frame_ids)], generator)  # no network sees the other camera
-    target = frames[:, 0]
-
+def run_networks(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
+                 step: int) -> dict:
+    """What the networks say of jittered frames: "reconstructions", "flows", or "disparities" and "poses" (mono)."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    # no network sees the other camera
+    jittered = datasets.color_jitter(batch["frames"][:, :len(args.frame_ids)], generator)
+    target = jittered[:, 0]
     if args.task == "reconstruction":
         removed = datasets.remove_patches(target, generator, args.patches)
-        pyramid = losses.image_pyramid(target)
-        images = [out.sigmoid() for out in model(jittered[:, 0].masked_fill(removed, 0.45))]  # 0.45: zero inside
-        loss = losses.reconstruction_loss(images, pyramid, removed)
-        return {"loss": loss}, {"removed": removed, "reconstruction": images[0].detach()}
-
+        images = model(target.masked_fill(removed, 0.45))  # 0.45: zero inside
+        return {"reconstructions": [out.float().sigmoid() for out in images], "removed": removed}
     if args.task == "flow":
-        flows = model(jittered[:, 0], jittered[:, 1])
-        return losses.flow_loss(flows, losses.image_pyramid(target), frames[:, 1], args.smoothness)
+        return {"flows": model(target, jittered[:, 1])}
 
-    disparities = [out.sigmoid() for out in model(jittered[:, 0])]
+    outputs = {"disparities": [out.float().sigmoid() for out in model(target)], "poses": []}
+    for i, offset in enumerate(args.frame_ids[1:] if "mono" in args.supervision else (), start=1):
+        # the pose network always sees a pair in temporal order; a past source needs the inverse of what it says
+        pair = (jittered[:, i], target) if offset < 0 else (target, jittered[:, i])
+        motion = [part * batch.get("pose_unit", 1) for part in pose(*pair)]
+        outputs["poses"].append(losses.pose_to_matrix(*motion, invert=offset < 0))
+    return outputs
+
+
+def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
+                 step: int, choices: argparse.Namespace, meter: Meter) -> tuple[dict, dict]:
+    """Loss terms and maps to look at, of one batch. Networks see jittered frames, losses the real ones."""
+    with choices.autocast():
+        outputs = run_networks(args, model, pose, batch, step)
+    meter.lap("networks")
+    frames = batch["frames"]  # (B, F, 3, H, W), target first
+    pyramid = losses.image_pyramid(frames[:, 0])
+    if args.task == "reconstruction":
+        loss = losses.reconstruction_loss(outputs["reconstructions"], pyramid, outputs["removed"])
+        return {"loss": loss}, {"removed": outputs["removed"], "reconstruction": outputs["reconstructions"][0].detach()}
+    if args.task == "flow":
+        return losses.flow_loss(outputs["flows"], pyramid, frames[:, 1], args.smoothness)
     if args.supervision == "depth":
-        return losses.measured_depth_loss(disparities, batch["depth"], args.min_depth, args.max_depth, args.depth_loss)
-
-    sources, poses = [], []
-    if "mono" in args.supervision:
-        for i, offset in enumerate(args.frame_ids[1:], start=1):
-            # the pose network always sees a pair in temporal order; a past source needs the inverse of what it says
-            pair = (jittered[:, i], jittered[:, 0]) if offset < 0 else (jittered[:, 0], jittered[:, i])
-            sources.append(frames[:, i])
-            motion = [part * batch.get("pose_unit", 1) for part in pose(*pair)]
-            poses.append(losses.pose_to_matrix(*motion, invert=offset < 0))
+        return losses.measured_depth_loss(outputs["disparities"], batch["depth"], args.min_depth, args.max_depth,
+                                          args.depth_loss)
+    sources, poses = [frames[:, i + 1] for i in range(len(outputs["poses"]))], outputs["poses"]
     if "stereo" in args.supervision:
-        sources.append(frames[:, -1])
-        poses.append(batch["stereo_T"])
-    return losses.depth_loss(disparities, losses.image_pyramid(target), sources, batch["K"], poses,
-                             min_depth=args.min_depth,
+        sources, poses = [*sources, frames[:, -1]], [*poses, batch["stereo_T"]]
+    return losses.depth_loss(outputs["disparities"], pyramid, sources, batch["K"], poses, min_depth=args.min_depth,
                              max_depth=args.max_depth, smoothness_weight=args.smoothness, automask=not args.no_automask,
-                             minimum=not args.average_sources)
+                             minimum=not args.average_sources, compare=choices.compare, batched=choices.batched)
 
 
 def focal_and_centre(K: torch.Tensor | np.ndarray) -> dict[str, float]:
@@ -193,6 +204,7 @@ def save_pictures(path: str, frames: torch.Tensor, views: dict, count: int = 4) 
 def main() -> int:
     args = parse_options()
     device = pick_device(args.device)
+    choices = utils.device_choices(args, device)
 
     # data
     dataset = make_dataset(args)
@@ -215,10 +227,10 @@ def main() -> int:
     taken = "random weights"
     if args.init != "none":
         taken = networks.load_weights(model, args.init, args.task, args.init_parts, pose)
-    model.to(device).train()
+    model.to(device, memory_format=choices.memory_format).train()
     parameters = list(model.parameters())
     if pose is not None:
-        pose.to(device).train()
+        pose.to(device, memory_format=choices.memory_format).train()
         parameters += list(pose.parameters())
 
     groups, intrinsics = [{"params": parameters, "factor": 1}], None
@@ -229,6 +241,13 @@ def main() -> int:
 
     # optimiser
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
+
+    choices.compare = losses.photometric_error
+    if choices.compile != "none":
+        choices.compare = torch.compile(losses.photometric_error)
+    if choices.compile == "all":
+        for part in networks.parts_of(model, pose).values():
+            part.compile()
 
     run = Run(args, "train_depth.py", networks.read_last)
     start = networks.restore(run.checkpoint, optimizer, model, pose, intrinsics)
@@ -253,35 +272,44 @@ def main() -> int:
     options["metric"] = metric
 
     # loop
-    meter, done, record = Meter(), start, {}
+    meter, done, record = Meter(device, exact=args.benchmark), start, {}
     batches = iter(datasets.train_loader(dataset, args, start))
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, disable=None)
     for step in progress:
-        waited = time.perf_counter()
+        meter.lap()
         batch = next(batches)
         datasets.log_skipped(run, step + 1, batch)
         batch = datasets.to_device(batch, device)
-        waited = time.perf_counter() - waited
+        meter.lap("data")
         rate = args.learning_rate * (args.learning_rate_factor if step >= args.learning_rate_drop * args.steps else 1)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         if intrinsics is not None:
             batch["K"], batch["pose_unit"] = intrinsics(batch["K"], batch["camera"], batch["mirrored"])
 
-        terms, views = compute_loss(args, model, pose, batch, step)
-        meter.add(terms, waited)
+        terms, views = compute_loss(args, model, pose, batch, step, choices, meter)
+        meter.add(terms)
+        meter.lap("loss")
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
+        meter.lap("backward")
         done = step + 1
         last = done == args.steps or run.stop
         # on a GPU not at every step, as asking means waiting
         if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
-            rerun = partial(compute_loss, args, model, pose, batch, step) if args.detect else None
+            rerun = partial(compute_loss, args, model, pose, batch, step, choices, meter) if args.detect else None
             losses.refuse_nonfinite(terms, networks.parts_of(model, pose, intrinsics), done, batch["index"], rerun)
         optimizer.step()
+        meter.lap("optimizer")
 
+        if args.benchmark:
+            if last:
+                return utils.print_benchmark(meter, args, device)
+            if done == utils.WARM_UP:
+                meter.reset()
+            continue
         if done % args.log_every == 0 or last:
-            record, meter = {**meter.record(args.batch_size), "learning_rate": rate}, Meter()
+            record = {**meter.record(args.batch_size), "learning_rate": rate}
             if intrinsics is not None:
                 record |= focal_and_centre(intrinsics.cameras().detach().mean(0))
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})

@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 import re
-import time
 from functools import partial
 
 import torch
@@ -23,6 +22,7 @@ import datasets
 import evaluate
 import losses
 import networks
+import utils
 from utils import STOPPED, InputError, Meter, Parser, Run, add_common_options, pick_device, run_main, save_json, within
 
 FEATURES = 2 ** 32  # bytes that a frozen encoder's features of the training set may take to be kept
@@ -90,6 +90,7 @@ def parse_options() -> argparse.Namespace:
                      f"seed{args.seed}"])
     args.name = args.name or re.sub(r"[^\w.+=-]", "-", name)  # --init may be "my weights.pth"
     networks.check_options(args)
+    utils.prepare_benchmark(args)
     return args
 
 
@@ -137,16 +138,19 @@ def encode(model: torch.nn.Module, batch: dict, kept: dict | None) -> list[torch
     """The encoder's features; those of a frozen one are `kept`, by image and whether it is flipped."""
     if kept is None:
         return model.encoder(batch["image"])
-    keys = list(zip(batch["index"].tolist(), batch["flip"].tolist()))
+    keys = list(zip(batch["index"].tolist(), batch["mirrored"].tolist()))
     for i, key in enumerate(keys):
         if key not in kept:  # alone, so that the others in the batch make no difference
             kept[key] = model.encoder(batch["image"][i:i + 1])
     return [torch.cat(level) for level in zip(*(kept[key] for key in keys))]
 
 
-def compute_loss(model: torch.nn.Module, batch: dict, kept: dict | None = None) -> tuple[dict, torch.Tensor]:
+def compute_loss(model: torch.nn.Module, batch: dict, kept: dict | None, choices: argparse.Namespace,
+                 meter: Meter) -> tuple[dict, torch.Tensor]:
     """Cross-entropy over labelled pixels (Eq. 2), and the logits (B, classes, H, W)."""
-    logits = model.decoder(encode(model, batch, kept))[0]
+    with choices.autocast():
+        logits = model.decoder(encode(model, batch, kept))[0].float()
+    meter.lap("networks")
     return {"loss": F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)}, logits
 
 
@@ -160,6 +164,7 @@ def save_pictures(path: str, batch: dict, logits: torch.Tensor, colours: tuple, 
 def main() -> int:
     args = parse_options()
     device = pick_device(args.device)
+    choices = utils.device_choices(args, device)
 
     # data
     train_set, val_set = make_datasets(args)
@@ -178,7 +183,7 @@ def main() -> int:
     if args.init != "none":
         taken = networks.load_weights(model, args.init, "segmentation", args.init_parts)
     pretraining = name_pretraining(args.init)
-    model.to(device).train()
+    model.to(device, memory_format=choices.memory_format).train()
     if args.freeze_encoder:
         model.encoder.requires_grad_(False)
     if args.freeze_encoder or args.freeze_batch_norm_only:
@@ -192,6 +197,10 @@ def main() -> int:
 
     # optimiser
     optimizer = make_optimizer(args, model)
+
+    if choices.compile == "all":
+        for part in networks.parts_of(model).values():
+            part.compile()
 
     run = Run(args, "train_seg.py", networks.read_last)
     start = networks.restore(run.checkpoint, optimizer, model)
@@ -214,45 +223,54 @@ def main() -> int:
                "colours": [list(colour) for colour in train_set.colours]}
 
     # loop
-    if start == 0:  # where the curves begin
+    if start == 0 and not args.benchmark:  # where the curves begin
         scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
         run.log({"step": 0, **{key: scores[key] for key in CURVES}})
-    meter, done, scores = Meter(), start, {}
+    meter, done, scores = Meter(device, exact=args.benchmark), start, {}
     batches = iter(datasets.train_loader(train_set, args, start))
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, disable=None)
     for step in progress:
-        waited = time.perf_counter()
+        meter.lap()
         batch = next(batches)
         datasets.log_skipped(run, step + 1, batch)
         batch = datasets.to_device(batch, device)
-        waited = time.perf_counter() - waited
+        meter.lap("data")
         rate = learning_rate(args, step)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
 
         if args.jitter:
-            generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
             batch["image"] = datasets.color_jitter(batch["image"], generator, args.jitter, hue=0.0, probability=1.0)
-        terms, logits = compute_loss(model, batch, kept)
-        meter.add(terms, waited)
+        terms, logits = compute_loss(model, batch, kept, choices, meter)
+        meter.add(terms)
+        meter.lap("loss")
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
+        meter.lap("backward")
         done = step + 1
         last = done == args.steps or run.stop
         # on a GPU not at every step, as asking means waiting
         if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
-            rerun = partial(compute_loss, model, batch, kept) if args.detect else None
+            rerun = partial(compute_loss, model, batch, kept, choices, meter) if args.detect else None
             losses.refuse_nonfinite(terms, networks.parts_of(model), done, batch["index"], rerun)
         optimizer.step()
+        meter.lap("optimizer")
 
+        if args.benchmark:
+            if last:
+                return utils.print_benchmark(meter, args, device)
+            if done == utils.WARM_UP:
+                meter.reset()
+            continue
         if done % args.log_every == 0 or last:
-            record, meter = {**meter.record(args.batch_size), "learning_rate": rate}, Meter()
+            record = {**meter.record(args.batch_size), "learning_rate": rate}
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
             run.log({"step": done, **record})
         if done % args.eval_every == 0 or done == args.steps:
             scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
             run.log({"step": done, **{key: scores[key] for key in CURVES}})
-            meter = Meter()  # the time of the evaluation is not the steps'
+            meter.reset()  # the time of the evaluation is not the steps'
         if step == 0 or done % args.save_every == 0 or last:
             save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
         if done % args.save_every == 0 or last:

@@ -1,17 +1,23 @@
 """What both training scripts share: common options, the run folder, checkpoints, signals, exit codes."""
 
 import argparse
+import atexit
+import ctypes
 import fcntl
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
 from typing import BinaryIO
 
 import numpy as np
@@ -19,6 +25,8 @@ import torch
 from tqdm import tqdm
 
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL: run the command again)
+WARM_UP = 5  # steps before a benchmark's
+PARTS = ("data", "networks", "loss", "backward", "optimizer")  # of a step, as a benchmark tells them apart
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAY_CHANGE = {"resume", "detect", "device", "num_workers", "log_dir", "log_every", "save_every", "cache",  # later on
               "on_bad_sample"}
@@ -78,9 +86,18 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", action="store_true",
                        help="demand a checkpoint to continue from; one that is there is used in any case")
     group.add_argument("--detect", action="store_true", help="name the layer where a loss or gradient is not finite")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     group.add_argument("--log_every", type=within(int, 1), default=50, help="steps between log records")
     group.add_argument("--save_every", type=within(int, 1), default=1000, help="steps between checkpoints")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    group.add_argument("--amp", choices=("auto", "none", "bf16"), default="auto",
+                       help="networks in bfloat16, losses always in float32 (auto: on a GPU that has it)")
+    group.add_argument("--memory_format", choices=("auto", "contiguous", "channels_last"), default="auto",
+                       help="of the networks (auto: channels_last on a GPU)")
+    group.add_argument("--compile", choices=("auto", "none", "loss", "all"), default="auto",
+                       help="torch.compile: the photometric error, or the networks as well (auto: loss on a GPU)")
+    group.add_argument("--benchmark", type=within(int, 1), nargs="?", const=20, metavar="STEPS",
+                       help="time so many steps after five others, print ms by part as JSON, and leave nothing behind")
 
 
 def pick_device(name: str) -> torch.device:
@@ -88,6 +105,29 @@ def pick_device(name: str) -> torch.device:
         with suppress(RuntimeError, AssertionError):  # AssertionError: a torch without CUDA
             return torch.empty(0, device=name).device
     raise InputError(f"--device {name}: use cpu, cuda or cuda:N; here are {torch.cuda.device_count()} CUDA devices")
+
+
+def device_choices(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
+    """All that depends on the device, in one place; options that are not "auto" have their way.
+
+    autocast(): a context for the networks; memory_format: of the networks; compile: "none", "loss" or "all"; batched:
+    the scales of the photometric loss go through as one batch.
+    """
+    gpu = device.type == "cuda"
+    if not gpu:  # freed memory stays with the process, which would have to clear every page of it again in each step
+        with suppress(OSError, AttributeError):  # another C library than glibc
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    bf16 = args.amp == "bf16" or (args.amp == "auto" and gpu and torch.cuda.is_bf16_supported(False))
+    last = args.memory_format == "channels_last" or (args.memory_format == "auto" and gpu)
+    scales = getattr(args, "scales", "auto")
+    compile = ("loss" if gpu and find_spec("triton") else "none") if args.compile == "auto" else args.compile
+    if compile != "none" and not gpu and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError(f"--compile {args.compile} needs a C++ compiler, and there is no g++: install it, or set CXX")
+    return argparse.Namespace(
+        autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16),
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+        compile=compile, batched=gpu if scales == "auto" else scales == "batched")
 
 
 def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_previous: bool = False) -> None:
@@ -181,16 +221,56 @@ class Run:
 
 
 class Meter:
-    """Means of loss terms and times between two log records; terms stay on the device, so that no step waits."""
+    """Means of loss terms, and where the time went, between two log records; no step waits for a number of them."""
 
-    def __init__(self):
-        self.sums, self.steps, self.data_seconds, self.start = {}, 0, 0.0, time.perf_counter()
+    def __init__(self, device: torch.device, exact: bool = False):
+        self.wait = exact and device.type == "cuda"  # only a benchmark has the GPU finish one part before the next
+        self.reset()
 
-    def add(self, terms: dict[str, torch.Tensor], data_seconds: float) -> None:
+    def reset(self) -> None:
+        """Start anew, at a record or after what was no step."""
+        self.sums, self.steps, self.seconds, self.start = {}, 0, dict.fromkeys(PARTS, 0.0), time.perf_counter()
+        self.last = self.start
+
+    def lap(self, part: str | None = None) -> None:
+        """The time since the last call was for this part of a step, one of PARTS, or for none of them."""
+        if self.wait:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if part:
+            self.seconds[part] += now - self.last
+        self.last = now
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
         self.sums = {key: self.sums.get(key, 0) + value.detach() for key, value in terms.items()}
-        self.steps, self.data_seconds = self.steps + 1, self.data_seconds + data_seconds
+        self.steps += 1
 
-    def record(self, batch_size: int) -> dict:
-        seconds, means = time.perf_counter() - self.start, {k: float(v) / self.steps for k, v in self.sums.items()}
-        return {**means, "ms_per_step": 1000 * seconds / self.steps, "ms_data": 1000 * self.data_seconds / self.steps,
-                "samples_per_s": batch_size * self.steps / seconds}
+    def record(self, batch_size: int, parts: tuple[str, ...] = ("data",)) -> dict:
+        """Means since the last reset, per step; resets."""
+        seconds = time.perf_counter() - self.start
+        out = {key: float(value) / self.steps for key, value in self.sums.items()}
+        out |= {"ms_per_step": 1000 * seconds / self.steps, "samples_per_s": batch_size * self.steps / seconds,
+                **{f"ms_{part}": 1000 * self.seconds[part] / self.steps for part in parts}}
+        self.reset()
+        return out
+
+
+def prepare_benchmark(args: argparse.Namespace) -> None:
+    """A benchmark is a short run in a folder that does not outlive it."""
+    if args.benchmark:
+        args.steps, args.log_dir = WARM_UP + args.benchmark, tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, args.log_dir, ignore_errors=True)
+
+
+def print_benchmark(meter: Meter, args: argparse.Namespace, device: torch.device) -> None:
+    """A line for people, and as the last line a JSON object."""
+    record = meter.record(args.batch_size, PARTS)
+    if device.type == "cuda":
+        memory, name = torch.cuda.max_memory_allocated() / 2 ** 20, torch.cuda.get_device_name()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        name = f"cpu, {torch.get_num_threads()} threads"
+    record |= {"peak_memory_mb": memory, "device": name}
+    print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                    for key, value in record.items()))
+    print(json.dumps({**record, "options": vars(args)}))
