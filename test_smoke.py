@@ -12,6 +12,7 @@ import collections
 import contextlib
 import csv
 import fnmatch
+import functools
 import glob
 import itertools
 import json
@@ -2293,16 +2294,13 @@ def test_continuing_from_the_checkpoint_before_ends_the_same(tmp_path, capsys, s
 
 
 def test_a_full_disk_leaves_the_checkpoint(tmp_path, capsys, small_run):
-    """A limit on the size of files says what a full disk says."""
+    """A limit on the size of files says what a full disk says. Loader processes end with the run."""
     options, run = unfinished_copy(small_run, tmp_path)
     before = Path(f"{run}/last.pt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, limits[1]))
-    try:
-        code, _, errors = call(capsys, train_depth, *options)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_one_line(code, errors, (f"could not write {run}/model.pt", "File too large"))
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2 ** 20, resource.RLIM_INFINITY))
+    command = [sys.executable, os.path.join(HERE, "train_depth.py"), *map(str, options), "--num_workers", "2"]
+    done = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, timeout=240, check=False)
+    assert_one_line(done.returncode, done.stderr, (f"could not write {run}/model.pt", "File too large"))
     assert Path(f"{run}/last.pt").read_bytes() == before and not glob.glob(f"{run}/*.tmp")
     assert call(capsys, train_depth, *options)[0] == 0
     assert_same_runs(run, f"{small_run[0]}/run")
@@ -2456,7 +2454,8 @@ def test_mistaken_options_are_one_line(tmp_path, capsys, monkeypatch, module, op
 
 @pytest.mark.parametrize("command", ("depth", "seg", "predict", "grid"))
 def test_a_pickle_bomb_as_weights_does_not_run(tmp_path, capsys, command):
-    path, output = save_checkpoint(tmp_path, {"encoder": Bomb(f"{tmp_path}/executed")}), ("--output", f"{tmp_path}/out.png")
+    path = save_checkpoint(tmp_path, {"encoder": Bomb(f"{tmp_path}/executed")})
+    output = ("--output", f"{tmp_path}/out.png")
     picture = [write_image(tmp_path / "street.png")] if command in ("predict", "grid") else []
     code, _, errors = call(capsys, evaluate, command, *picture, "--weights", path, *output)
     assert_one_line(code, errors, (path,))

@@ -5,6 +5,7 @@ import atexit
 import ctypes
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -40,8 +41,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Call a script's main and turn its outcome into the exit codes of the README."""
     try:
         sys.exit(main() or 0)
-    except (InputError, OSError) as error:  # OSError: a full disk, a file that vanished
-        # an error of a loader process comes with its traceback above
+    except (InputError, OSError) as error:  # that of a loader process comes with its traceback above
         line = re.sub(r"^(utils.InputError: |\[Errno \d+\] )", "", str(error).strip().splitlines()[-1])
         sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
     except RuntimeError as error:
@@ -50,6 +50,11 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(f"error: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            if child.daemon:  # loader processes, which leave signals alone, so that waiting for their end never ends
+                child.kill()
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,8 +179,6 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
         except BlockingIOError:
             raise InputError(f"{self.folder}: another process runs there; give another --name") from None
-        except OSError as error:
-            raise InputError(f"cannot make the run folder {self.folder}: {error.strerror}") from None
 
         self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
         self.checkpoint = read_last(self.path("last.pt"))
