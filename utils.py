@@ -152,7 +152,7 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_previous
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             os.remove(temporary)
-        reason = error.__context__ or error  # torch.save ends with an error of its own
+        reason = error if isinstance(error, OSError) else error.__context__ or error  # torch.save adds one of its own
         raise InputError(f"could not write {path}: {reason} (what was there before is untouched)") from None
 
 
