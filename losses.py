@@ -391,8 +391,9 @@ def find_nonfinite(rerun: Callable[[], tuple[dict, object]], parts: dict[str, to
     layers, operation = [], "no layer's output, but the loss itself"
 
     def watch(name: str) -> Callable:
-        def look(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | list[torch.Tensor]) -> None:
-            if not all(x.isfinite().all() for x in ([output] if torch.is_tensor(output) else output)):
+        def look(module: torch.nn.Module, inputs: tuple, output: object) -> None:
+            outputs = output if isinstance(output, (list, tuple)) else [output]
+            if not all(x.isfinite().all() for x in outputs if torch.is_tensor(x)):
                 layers.append(name)
         return look
 
@@ -402,8 +403,9 @@ def find_nonfinite(rerun: Callable[[], tuple[dict, object]], parts: dict[str, to
         try:
             rerun()[0]["loss"].backward()
         except RuntimeError as error:
-            origin = re.findall(r'File "(?!.*site-packages)(.+)", line (\d+), in (\w+)', str(notes[-1].message))
-            operation = f"{error} It belongs to {os.path.basename(origin[-1][0])} line {origin[-1][1]}, {origin[-1][2]}"
+            operation, trace = str(error).splitlines()[0], "\n".join(str(note.message) for note in notes)
+            for path, line, function in re.findall(r'File "(?!.*site-packages)(.+)", line (\d+), in (\w+)', trace)[-1:]:
+                operation += f" It belongs to {os.path.basename(path)} line {line}, {function}"
     for hook in hooks:
         hook.remove()
     return f"first in the output of {layers[0]}" if layers else operation

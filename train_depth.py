@@ -297,7 +297,8 @@ def main() -> int:
         last = done == args.steps or run.stop
         # on a GPU not at every step, as asking means waiting
         if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
-            rerun = partial(compute_loss, args, model, pose, batch, step, choices, meter) if args.detect else None
+            again = {key: value.detach() for key, value in batch.items()}
+            rerun = partial(compute_loss, args, model, pose, again, step, choices, meter) if args.detect else None
             losses.refuse_nonfinite(terms, networks.parts_of(model, pose, intrinsics), done, batch["index"], rerun)
         optimizer.step()
         meter.lap("optimizer")
