@@ -285,6 +285,25 @@ def to_picture(image: torch.Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
+def tensorboard(folder: str, step: int = 0) -> Callable[[dict], None]:
+    """What to call with every record of the log after `step`: it shows the numbers, and new pictures of samples/."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs the package: pip install tensorboard") from None
+    writer, shown = SummaryWriter(folder, purge_step=step + 1), set(Path(folder, "samples").glob("*.png"))
+
+    def show(record: dict) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, (int, float)):
+                writer.add_scalar(key, value, record["step"])
+        for path in sorted(set(Path(folder, "samples").glob("*.png")) - shown):
+            shown.add(path)
+            writer.add_image("samples", datasets.read_image(str(path)), int(path.stem))
+        writer.flush()
+    return show
+
+
 # ---------------------------------------------------------------------------------------------- sub-commands
 
 def test_clips(args: argparse.Namespace, frames: tuple, height: int, width: int) -> datasets.KittiRaw:

@@ -3259,6 +3259,48 @@ def test_page_of_runs(capsys, tmp_path, pretrained, fine_tuned):
     assert code == 2 and "mono" in errors and "damaged" in errors and (tmp_path / "index.html").read_text() == content
 
 
+# ------------------------------------------------------------------------------------ what a run says of itself
+
+def test_trouble_is_named():
+    depth = 1 + 9 * smooth_images(2, 16, 24)[:, :1]
+    moving, still = shift_pose(z=0.5).repeat(2, 2, 1, 1), shift_pose(z=1e-4).repeat(2, 2, 1, 1)
+    turning = losses.pose_to_matrix(torch.full((4, 3), 0.02), torch.zeros(4, 3)).view(2, 2, 4, 4)
+    for record, views, expected in (
+            ({"masked": 0.5}, {"depth": depth, "poses": moving}, set()),
+            ({"masked": 0.9}, {"depth": depth}, {"masked"}),
+            ({}, {"depth": torch.full_like(depth, 5), "poses": moving}, {"depth"}), ({"loss": 1.0}, {}, set()),
+            ({}, {"depth": depth, "poses": still}, {"pose"}), ({}, {"depth": depth, "poses": turning}, set())):
+        assert train_depth.find_trouble(record, views).keys() == expected
+
+
+def test_a_static_camera_is_warned_of_once(tmp_path, capsys):
+    for number in range(1, 5):
+        write_image(tmp_path / "video" / f"{number}.png")
+    (tmp_path / "video" / "intrinsics.txt").write_text("60 60 47.5 31.5")
+    options = ("--data", "frames", "--data_path", tmp_path / "video", *SMALL, "--steps", "5", "--num_workers", "0",
+               "--log_dir", tmp_path, "--name", "still")
+    code, output, _ = call(capsys, train_depth, *options)
+    assert code == 0 and output.count("does the camera stand still?") == 1 and output.count(" to go (h:mm:ss)") == 1
+    warnings = read_json(str(tmp_path / "still"), "result.json")["warnings"]
+    assert len([warning for warning in warnings if "100% of the pixels" in warning]) == 1
+
+
+def test_tensorboard_shows_the_log(tmp_path, capsys, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = ("--data", "frames", "--data_path", write_frames(tmp_path / "video"), *SMALL, "--steps", "2",
+               "--num_workers", "0", "--log_dir", tmp_path, "--tensorboard", "--name")
+    assert call(capsys, train_depth, *options, "run")[0] == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
+    for record in read_log(str(tmp_path / "run")):
+        for key in record.keys() - {"step"}:
+            shown = {event.step: event.value for event in events.Scalars(key)}
+            assert shown[record["step"]] == pytest.approx(record[key])
+    assert [event.step for event in events.Images("samples")] == [1, 2]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, _, errors = call(capsys, train_depth, *options, "other")
+    assert code == 2 and "pip install tensorboard" in errors
+
+
 # ------------------------------------------------------------------------------------ export
 
 @pytest.mark.parametrize("kind, suffix, dynamic", (

@@ -10,6 +10,7 @@ Weights, options, log and pictures go to runs/<name>/. The same command again co
 
 import argparse
 import math
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -122,8 +123,8 @@ def make_dataset(args: argparse.Namespace) -> datasets.Clips:
 
 
 def run_networks(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
-                 step: int) -> dict:
-    """What the networks say of jittered frames: "reconstructions", "flows", or "disparities" and "poses" (mono)."""
+                 step: int, intrinsics: torch.nn.Module | None = None) -> dict:
+    """What the networks say of jittered frames: "reconstructions", "flows", or "disparities", "poses" (mono), "K"."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     # no network sees the other camera
     jittered = datasets.color_jitter(batch["frames"][:, :len(args.frame_ids)], generator)
@@ -135,20 +136,22 @@ def run_networks(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
     if args.task == "flow":
         return {"flows": model(target, jittered[:, 1])}
 
-    outputs = {"disparities": [out.float().sigmoid() for out in model(target)], "poses": []}
+    K, unit = (batch["K"], 1) if intrinsics is None else intrinsics(batch["K"], batch["camera"], batch["mirrored"])
+    outputs = {"disparities": [out.float().sigmoid() for out in model(target)], "poses": [], "K": K}
     for i, offset in enumerate(args.frame_ids[1:] if "mono" in args.supervision else (), start=1):
         # the pose network always sees a pair in temporal order; a past source needs the inverse of what it says
         pair = (jittered[:, i], target) if offset < 0 else (target, jittered[:, i])
-        motion = [part * batch.get("pose_unit", 1) for part in pose(*pair)]
+        motion = [unit * part for part in pose(*pair)]
         outputs["poses"].append(losses.pose_to_matrix(*motion, invert=offset < 0))
     return outputs
 
 
 def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
-                 step: int, choices: argparse.Namespace, meter: Meter) -> tuple[dict, dict]:
+                 step: int, choices: argparse.Namespace, meter: Meter,
+                 intrinsics: torch.nn.Module | None = None) -> tuple[dict, dict]:
     """Loss terms and maps to look at, of one batch. Networks see jittered frames, losses the real ones."""
     with choices.autocast():
-        outputs = run_networks(args, model, pose, batch, step)
+        outputs = run_networks(args, model, pose, batch, step, intrinsics)
     meter.lap("networks")
     frames = batch["frames"]  # (B, F, 3, H, W), target first
     pyramid = losses.image_pyramid(frames[:, 0])
@@ -163,9 +166,29 @@ def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
     sources, poses = [frames[:, i + 1] for i in range(len(outputs["poses"]))], outputs["poses"]
     if "stereo" in args.supervision:
         sources, poses = [*sources, frames[:, -1]], [*poses, batch["stereo_T"]]
-    return losses.depth_loss(outputs["disparities"], pyramid, sources, batch["K"], poses, min_depth=args.min_depth,
-                             max_depth=args.max_depth, smoothness_weight=args.smoothness, automask=not args.no_automask,
-                             minimum=not args.average_sources, compare=choices.compare, batched=choices.batched)
+    terms, views = losses.depth_loss(
+        outputs["disparities"], pyramid, sources, outputs["K"], poses, min_depth=args.min_depth,
+        max_depth=args.max_depth, smoothness_weight=args.smoothness, automask=not args.no_automask,
+        minimum=not args.average_sources, compare=choices.compare, batched=choices.batched)
+    return terms, {**views, "poses": torch.stack(poses, 1).detach()}
+
+
+def find_trouble(record: dict, views: dict) -> dict[str, str]:
+    """What is wrong with a training that went on for a while, by kind. Asks the device, so at log steps only."""
+    trouble = {}
+    if record.get("masked", 0) > 0.8:
+        trouble["masked"] = (f"{record['masked']:.0%} of the pixels do not train, as an unmoved source explains them: "
+                             "does the camera stand still? (--min_motion 2 leaves such frames out)")
+    if "depth" in views:
+        disparity = 1 / views["depth"].flatten(1)
+        if float((disparity.std(1) / disparity.mean(1)).mean()) < 0.02:
+            trouble["depth"] = "disparity is nearly the same everywhere: try another --seed or a lower --learning_rate"
+    if "poses" in views:
+        change = (views["poses"] - torch.eye(4, device=views["poses"].device))[:, :, :3]  # (B, sources, 3, 4)
+        moved = change[..., 3].norm(dim=-1).mean() / views["depth"].mean()
+        if float(moved) < 1e-3 and float(change[..., :3].abs().mean()) < 1e-3:
+            trouble["pose"] = "the pose network sees hardly any motion between frames, and depth is learned from motion"
+    return trouble
 
 
 def focal_and_centre(K: torch.Tensor | np.ndarray) -> dict[str, float]:
@@ -254,6 +277,8 @@ def main() -> int:
     if run.finished:
         print(f"{run.folder}: finished already")
         return 0
+    if args.tensorboard:
+        run.board = evaluate.tensorboard(run.folder, start)
     what = f"depth ({args.supervision})" if args.task == "depth" else args.task
     print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}"
           + (f" (left out: {dataset.dropped})" * bool(dataset.dropped)))
@@ -272,7 +297,7 @@ def main() -> int:
     options["metric"] = metric
 
     # loop
-    meter, done, record = Meter(device, exact=args.benchmark), start, {}
+    meter, done, record, trouble = Meter(device, exact=args.benchmark), start, {}, {}
     batches = iter(datasets.train_loader(dataset, args, start))
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, disable=None)
     for step in progress:
@@ -284,10 +309,8 @@ def main() -> int:
         rate = args.learning_rate * (args.learning_rate_factor if step >= args.learning_rate_drop * args.steps else 1)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        if intrinsics is not None:
-            batch["K"], batch["pose_unit"] = intrinsics(batch["K"], batch["camera"], batch["mirrored"])
 
-        terms, views = compute_loss(args, model, pose, batch, step, choices, meter)
+        terms, views = compute_loss(args, model, pose, batch, step, choices, meter, intrinsics)
         meter.add(terms)
         meter.lap("loss")
         optimizer.zero_grad(set_to_none=True)
@@ -297,8 +320,8 @@ def main() -> int:
         last = done == args.steps or run.stop
         # on a GPU not at every step, as asking means waiting
         if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
-            again = {key: value.detach() for key, value in batch.items()}
-            rerun = partial(compute_loss, args, model, pose, again, step, choices, meter) if args.detect else None
+            again = partial(compute_loss, args, model, pose, batch, step, choices, meter, intrinsics)
+            rerun = again if args.detect else None
             losses.refuse_nonfinite(terms, networks.parts_of(model, pose, intrinsics), done, batch["index"], rerun)
         optimizer.step()
         meter.lap("optimizer")
@@ -309,14 +332,21 @@ def main() -> int:
             if done == utils.WARM_UP:
                 meter.reset()
             continue
+        if step == 0 or done % args.save_every == 0 or last:
+            save_pictures(run.path(f"samples/{done:06d}.png"), batch["frames"], views)
         if done % args.log_every == 0 or last:
             record = {**meter.record(args.batch_size), "learning_rate": rate}
             if intrinsics is not None:
                 record |= focal_and_centre(intrinsics.cameras().detach().mean(0))
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
             run.log({"step": done, **record})
-        if step == 0 or done % args.save_every == 0 or last:
-            save_pictures(run.path(f"samples/{done:06d}.png"), batch["frames"], views)
+            if not last and done <= start + args.log_every:
+                left = timedelta(seconds=round((args.steps - done) * record["ms_per_step"] / 1000))
+                tqdm.write(f"about {left} to go (h:mm:ss)")
+            found = find_trouble(record, views) if done > 0.1 * args.steps else {}
+            for kind in found.keys() - trouble.keys():
+                tqdm.write(f"warning: {found[kind]}")
+            trouble = {**found, **trouble}
         if done % args.save_every == 0 or last:
             networks.save(run, done, options, optimizer, model, pose, intrinsics)
         if last:
@@ -325,7 +355,8 @@ def main() -> int:
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
-    result = {"step": done, "samples": len(dataset), **record, **datasets.skipped_samples(run)}
+    result = {"step": done, "samples": len(dataset), **record, **datasets.skipped_samples(run),
+              "warnings": [*trouble.values()]}
     if intrinsics is not None:
         result["cameras"] = describe_cameras(intrinsics, folders, shapes)
     save_json(run.path("result.json"), result)

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import re
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -207,6 +208,8 @@ def main() -> int:
     if run.finished:
         print(f"{run.folder}: finished already")
         return 0
+    if args.tensorboard:
+        run.board = evaluate.tensorboard(run.folder, start)
     print(f"{run.folder}: segmentation of {len(train_set.classes)} classes of {args.data}, {len(train_set)} images for "
           f"training and {len(val_set)} for evaluation")
     print(f"{args.arch} {args.encoder}, {networks.count(parameters) / 1e6:.1f} M trained parameters"
@@ -263,16 +266,19 @@ def main() -> int:
             if done == utils.WARM_UP:
                 meter.reset()
             continue
+        if step == 0 or done % args.save_every == 0 or last:
+            save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
         if done % args.log_every == 0 or last:
             record = {**meter.record(args.batch_size), "learning_rate": rate}
             progress.set_postfix({key: f"{value:.4g}" for key, value in record.items()})
             run.log({"step": done, **record})
+            if not last and done <= start + args.log_every:
+                left = timedelta(seconds=round((args.steps - done) * record["ms_per_step"] / 1000))
+                tqdm.write(f"about {left} to go (h:mm:ss), and the evaluations")
         if done % args.eval_every == 0 or done == args.steps:
             scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
             run.log({"step": done, **{key: scores[key] for key in CURVES}})
             meter.reset()  # the time of the evaluation is not the steps'
-        if step == 0 or done % args.save_every == 0 or last:
-            save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
         if done % args.save_every == 0 or last:
             networks.save(run, done, options, optimizer, model)
         if last:

@@ -30,7 +30,7 @@ WARM_UP = 5  # steps before a benchmark's
 PARTS = ("data", "networks", "loss", "backward", "optimizer")  # of a step, as a benchmark tells them apart
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAY_CHANGE = {"resume", "detect", "device", "num_workers", "log_dir", "log_every", "save_every", "cache",  # later on
-              "on_bad_sample"}
+              "on_bad_sample", "tensorboard"}
 
 
 class InputError(Exception):
@@ -91,6 +91,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", action="store_true",
                        help="demand a checkpoint to continue from; one that is there is used in any case")
     group.add_argument("--detect", action="store_true", help="name the layer where a loss or gradient is not finite")
+    group.add_argument("--tensorboard", action="store_true", help="write what is logged for TensorBoard as well")
     group.add_argument("--log_every", type=within(int, 1), default=50, help="steps between log records")
     group.add_argument("--save_every", type=within(int, 1), default=1000, help="steps between checkpoints")
     group = parser.add_argument_group("speed")
@@ -170,7 +171,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, script: str, read_last: Callable[[str], dict | None]):
         if not re.fullmatch(r"\w[\w.+=-]*", args.name):
             raise InputError(f"--name {args.name!r}: letters, digits and . _ + = - only (it names a folder)")
-        self.args, self.folder, self.stop = args, os.path.join(args.log_dir, args.name), False
+        self.args, self.folder, self.stop, self.board = args, os.path.join(args.log_dir, args.name), False, None
         if args.resume and not any(os.path.exists(self.path(name)) for name in ("last.pt", "last.pt.1")):
             raise InputError(f"--resume: there is no {self.path('last.pt')}")
         try:
@@ -219,6 +220,8 @@ class Run:
     def log(self, record: dict) -> None:
         """One record, the same for people and as a line of JSON."""
         self.log_file.write(json.dumps(record) + "\n")
+        if self.board is not None:
+            self.board(record)
         tqdm.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                              for key, value in record.items()))
 
