@@ -3261,6 +3261,38 @@ def test_page_of_runs(capsys, tmp_path, pretrained, fine_tuned):
     assert code == 2 and "mono" in errors and "damaged" in errors and (tmp_path / "index.html").read_text() == content
 
 
+# ------------------------------------------------------------------------------------ the README's fork guide
+
+def fork_guide() -> dict[str, str]:
+    """The diffs of the README's "Change one thing" by their headings."""
+    guide = Path(HERE, "README.md").read_text().split("\n## Change one thing\n")[1].split("\n## ")[0]
+    sections = dict(part.split("\n", 1) for part in guide.split("\n### ")[1:])
+    return {title: re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1] for title, text in sections.items()}
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git applies the diffs")
+@pytest.mark.parametrize("title, script, options", (
+    ("A new loss", "train_depth.py", ("--supervision", "depth", "--depth_loss", "log")),
+    ("A new encoder", "train_seg.py", ("--encoder", "mobilenet_v2", "--train_size", "4")),
+    ("A new data set", "train_seg.py", ("--data", "own", "--train_size", "4")),
+    ("A new pre-training task", "train_depth.py", ("--task", "colour"))))
+def test_fork_guide(tmp_path, world, title, script, options):
+    """Every diff is of at most 15 lines, applies as the README says, and trains."""
+    diff, copy = fork_guide()[title], tmp_path / "copy"
+    assert len(re.findall(r"^[-+](?!\+\+ |-- )", diff, re.MULTILINE)) <= 15
+    shutil.copytree(HERE, copy, ignore=lambda _, names: {n for n in names if n != "splits" and not n.endswith(
+        (".py", ".txt"))})
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=copy, check=True)
+    root = world
+    if "own" in options:
+        root = write_semantics(tmp_path / "kitti", 5, ids=(0, 1))
+        os.rename(tmp_path / "kitti" / "training" / "image_2", tmp_path / "kitti" / "images")
+        os.rename(tmp_path / "kitti" / "training" / "semantic", tmp_path / "kitti" / "labels")
+    run_script(str(copy / script), *options, "--data_path", root, *SMALL, "--steps", "1", "--num_workers", "0",
+               "--log_dir", str(tmp_path), "--name", "run")
+    assert read_json(str(tmp_path / "run"), "result.json")["step"] == 1
+
+
 # ------------------------------------------------------------------------------------ what a run says of itself
 
 def test_trouble_is_named():
