@@ -38,7 +38,7 @@ from tqdm import tqdm
 import datasets
 import losses
 import networks
-from utils import InputError, Parser, pick_device, run_main, save_json, within, write_atomically
+from utils import MAY_CHANGE, InputError, Parser, pick_device, run_main, save_json, within, write_atomically
 
 DEPTH_METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3")
 STEREO_SCALE = 5.4  # metres in the unit of Monodepth2's stereo weights, whose baseline is 0.1
@@ -661,9 +661,7 @@ PAPER = {
 }
 
 # options in which the runs of one row may differ
-SAME_RUN = {"name", "seed", "split_seed", "data_path", "init", "log_dir", "resume", "device", "num_workers",
-            "on_bad_sample",
-            "log_every", "eval_every", "save_every"}
+SAME_RUN = {"name", "seed", "split_seed", "data_path", "init", "eval_every", "no_feature_cache", *MAY_CHANGE}
 
 
 def paired_test(a: list[float], b: list[float]) -> tuple[float, float]:
@@ -823,7 +821,8 @@ def draw_figures(runs: list[dict], log_dir: str) -> None:
             names = sorted(lines, reverse=True)
             values = [[run["result"]["miou"] for run in lines[name]] for name in names]
             axis.barh(names, [np.mean(v) for v in values], xerr=[spread(v) for v in values])
-            axis.set(title=title, xlabel="mIoU %")
+            axis.set(xlabel="mIoU %")
+            axis.set_title(title, fontsize=10)
         figure.savefig(os.path.join(log_dir, "bars.png"), dpi=120)
     if sizes:
         figure, axes = axes_grid(len(sizes))
