@@ -43,7 +43,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except (InputError, OSError) as error:  # that of a loader process comes with its traceback above
         line = re.sub(r"^(utils.InputError: |\[Errno \d+\] )", "", str(error).strip().splitlines()[-1])
-        sys.exit(print(f"error: {line}", file=sys.stderr) or 2)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(1 if "DataLoader worker" in line else 2)  # its death may be told of while a checkpoint is written
     except RuntimeError as error:
         if not re.search("DataLoader worker|allocate", str(error)):  # killed from outside, or out of memory
             raise
