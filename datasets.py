@@ -26,7 +26,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import pairwise, product
 from multiprocessing import get_context
@@ -2036,8 +2036,8 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labell
         jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i:], range(i, min(i + 10, labelled)),
                          *camera)
                  for i in range(0, labelled, 10)]
-        with get_context("fork").Pool(workers) as pool:
-            for _ in tqdm(pool.imap_unordered(run_job, jobs), total=len(jobs), desc="rendering worlds"):
+        with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+            for _ in tqdm(pool.map(run_job, jobs), total=len(jobs), desc="rendering worlds", disable=None):
                 pass
         unfinished.rename(root)
 

@@ -1,10 +1,14 @@
 """Tests: agreement with Monodepth2, geometry and metrics by construction, every script tiny, errors as users meet them.
 
-    python -m pytest                         # everything, a few minutes on one core, no network
+    python -m pytest -n 2                    # everything, three minutes on two cores, no network
     python -m pytest -k golden               # numbers of Monodepth2, from ../shared/golden or $GOLDEN_DIR
 
 Tests on real images read ../shared/data or $DEPTH2SEG_DATA. Where a folder is absent, its tests are skipped and say so.
 """
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the same bits in this process and in those that it starts, and no idle spinning
 
 import argparse
 import ast
@@ -17,7 +21,6 @@ import glob
 import itertools
 import json
 import multiprocessing
-import os
 import pickle
 import re
 import resource
@@ -55,6 +58,21 @@ DATA = os.environ.get("DEPTH2SEG_DATA") or os.path.join(HERE, "..", "shared", "d
 
 
 # ------------------------------------------------------------------------------------ helpers
+
+@pytest.fixture(autouse=True)
+def fresh_signals():
+    """No test runs for more than five minutes, and none leaves a run's signal handlers behind."""
+    def give_up(number: int, frame: object) -> None:
+        raise TimeoutError("no test may take more than five minutes")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 def golden_files(pattern: str) -> list:
     """Parameters for every golden file (or folder) of a kind, whatever its seed; a skipped one where there is none."""
@@ -2604,7 +2622,6 @@ def test_fuzz(world, small_run, tmp_path):
 
 def call(capsys, module, *arguments: str) -> tuple[int, str, str]:
     """A script's main in this process: exit code, standard output and standard error."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     before, sys.argv = sys.argv, [f"{module.__name__}.py", *(str(argument) for argument in arguments)]
     capsys.readouterr()
     try:
@@ -2612,8 +2629,6 @@ def call(capsys, module, *arguments: str) -> tuple[int, str, str]:
             utils.run_main(module.main)
     finally:
         sys.argv = before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return outcome.value.code, *capsys.readouterr()
 
 
@@ -3036,7 +3051,7 @@ def test_metric_depth_starts_in_the_middle_of_its_range(arch, encoder):
     networks.set_head_bias(model.decoder, np.log(middle / (1 - middle)))
     for output in model(torch.rand(1, 3, 64, 96)):
         depth = losses.disparity_to_depth(output.sigmoid(), 0.5, 200.0)
-        assert 7 < float(depth.median()) < 14
+        assert 7 < depth.median().item() < 14
 
 
 def test_deeplab_from_depth_to_segmentation(tmp_path, capsys, world, pretrained):
