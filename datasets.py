@@ -41,7 +41,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from utils import SIGNALS, InputError, Parser, Run, run_main, save_json, within, write_atomically
+from utils import SIGNALS, InputError, Parser, Run, ranks, run_main, save_json, share, within, write_atomically
 
 IGNORE = 255
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
@@ -271,7 +271,8 @@ def color_jitter(frames: torch.Tensor, generator: torch.Generator, strength: flo
 
     frames: (B, F, 3, H, W) or (B, 3, H, W) in [0, 1]. For the networks only; losses see the unjittered frames.
     """
-    draws = torch.rand(len(frames), 5, generator=generator)  # not on the device, where asking for the chosen would wait
+    # not on the device, where asking for the chosen would wait; for the whole batch, of which this may be a share
+    draws = share(torch.rand(len(frames) * ranks(), 5, generator=generator))
     chosen = (draws[:, 0] < probability).nonzero()[:, 0]
     if len(chosen) == 0:
         return frames
@@ -302,8 +303,8 @@ def remove_patches(images: torch.Tensor, generator: torch.Generator, kind: str =
     """
     B, _, H, W = images.shape
 
-    def uniform(*size: int) -> torch.Tensor:
-        return torch.rand(*size, generator=generator).to(images.device, non_blocking=True)
+    def uniform(batch: int, size: int) -> torch.Tensor:
+        return share(torch.rand(batch * ranks(), size, generator=generator)).to(images.device, non_blocking=True)
 
     rows = torch.arange(H, device=images.device).view(1, 1, H)
     columns = torch.arange(W, device=images.device).view(1, 1, W)
@@ -325,7 +326,8 @@ def remove_patches(images: torch.Tensor, generator: torch.Generator, kind: str =
 class StepBatches(Sampler):
     """Batches of (index, draw) for steps `start` to `stop`: shuffled epochs, every one a function of seed and step.
 
-    With no state of its own, a continued training sees what it would have seen, with any number of workers.
+    With no state of its own, a continued training sees what it would have seen, with any number of workers. Of several
+    processes each has its share of every batch.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int):
@@ -345,7 +347,7 @@ class StepBatches(Sampler):
                     epoch = position // self.size
                     order = np.random.default_rng([self.seed, epoch, 1]).permutation(self.size)  # 1: not an item's draw
                 batch.append((int(order[position % self.size]), (self.seed, position)))
-            yield batch
+            yield share(batch)
 
 
 class Forgiving(Dataset):

@@ -13,6 +13,7 @@ The metrics are functions that return dicts; training calls the same ones.
 """
 
 import argparse
+import atexit
 import csv
 import fnmatch
 import functools
@@ -21,6 +22,10 @@ import json
 import math
 import os
 import re
+import resource
+import shutil
+import tempfile
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import product
@@ -38,11 +43,13 @@ from tqdm import tqdm
 import datasets
 import losses
 import networks
-from utils import MAY_CHANGE, InputError, Parser, pick_device, run_main, save_json, within, write_atomically
+from utils import MAY_CHANGE, InputError, Parser, mean_over_ranks, run_main, save_json, within, write_atomically
 
 DEPTH_METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3")
 STEREO_SCALE = 5.4  # metres in the unit of Monodepth2's stereo weights, whose baseline is 0.1
 TABLE_ORDER = ("None", "ImageNet", "Flow", "Reconstruction", "Depth")
+WARM_UP = 5  # steps before a benchmark's
+PARTS = ("data", "networks", "loss", "backward", "optimizer")  # of a step, as a benchmark tells them apart
 RELEASE_CLASSES = (0, 1, 2, 8, 9, 10, 13)  # train ids of the 7 classes that the authors' release averages
 
 
@@ -304,6 +311,64 @@ def tensorboard(folder: str, step: int = 0) -> Callable[[dict], None]:
     return show
 
 
+# ---------------------------------------------------------------------------------------------- of a training
+
+class Meter:
+    """Means of loss terms, and where the time went, between two log records; no step waits for a number of them."""
+
+    def __init__(self, device: torch.device, exact: bool = False):
+        self.wait = exact and device.type == "cuda"  # only a benchmark has the GPU finish one part before the next
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, at a record or after what was no step."""
+        self.sums, self.steps, self.seconds, self.start = {}, 0, dict.fromkeys(PARTS, 0.0), time.perf_counter()
+        self.last = self.start
+
+    def lap(self, part: str | None = None) -> None:
+        """The time since the last call was for this part of a step, one of PARTS, or for none of them."""
+        if self.wait:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if part:
+            self.seconds[part] += now - self.last
+        self.last = now
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        self.sums = {key: self.sums.get(key, 0) + value.detach() for key, value in terms.items()}
+        self.steps += 1
+
+    def record(self, batch_size: int, parts: tuple[str, ...] = ("data",)) -> dict:
+        """Means since the last reset, per step; resets."""
+        seconds = time.perf_counter() - self.start
+        out = {key: float(mean_over_ranks(value)) / self.steps for key, value in self.sums.items()}
+        out |= {"ms_per_step": 1000 * seconds / self.steps, "samples_per_s": batch_size * self.steps / seconds,
+                **{f"ms_{part}": 1000 * self.seconds[part] / self.steps for part in parts}}
+        self.reset()
+        return out
+
+
+def prepare_benchmark(args: argparse.Namespace) -> None:
+    """A benchmark is a short run in a folder that does not outlive it."""
+    if args.benchmark:
+        args.steps, args.log_dir = WARM_UP + args.benchmark, tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, args.log_dir, ignore_errors=True)
+
+
+def print_benchmark(meter: Meter, args: argparse.Namespace, device: torch.device) -> None:
+    """A line for people, and as the last line a JSON object."""
+    record = meter.record(args.batch_size, PARTS)
+    if device.type == "cuda":
+        memory, name = torch.cuda.max_memory_allocated() / 2 ** 20, torch.cuda.get_device_name()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        name = f"cpu, {torch.get_num_threads()} threads"
+    record |= {"peak_memory_mb": memory, "device": name}
+    print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                    for key, value in record.items()))
+    print(json.dumps({**record, "options": vars(args)}))
+
+
 # ---------------------------------------------------------------------------------------------- sub-commands
 
 def test_clips(args: argparse.Namespace, frames: tuple, height: int, width: int) -> datasets.KittiRaw:
@@ -338,7 +403,7 @@ def ground_truth(dataset: datasets.KittiRaw, kind: str, exact: bool) -> tuple[st
 
 @torch.inference_mode()
 def depth_command(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
+    device = networks.pick_device(args.device)
     if args.min_eval >= args.max_eval:
         raise InputError(f"--min_eval {args.min_eval:g} is not below --max_eval {args.max_eval:g}")
     if args.baseline:
@@ -397,7 +462,7 @@ def depth_command(args: argparse.Namespace) -> int:
 
 
 def seg_command(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
+    device = networks.pick_device(args.device)
     model, options = networks.load_model(args.weights)
     if options["task"] != "segmentation":
         raise InputError(f"{args.weights} was trained for {options['task']}, not for segmentation")
@@ -481,7 +546,7 @@ def list_images(paths: list[str]) -> list[str]:
 
 
 def predict_command(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
+    device = networks.pick_device(args.device)
     model, options = networks.load_model(args.weights)
     model.to(device)
     paths, written = list_images(args.images), set()
@@ -507,7 +572,7 @@ def grid_command(args: argparse.Namespace) -> int:
             return gradcam_picture(model, options, image, args.layer)
         return predict(model, options, image)[0]
 
-    device = pick_device(args.device)
+    device = networks.pick_device(args.device)
     if args.images:
         images = [datasets.read_image(path).to(device) for path in list_images(args.images)]
         labels = []

@@ -15,6 +15,8 @@ from itertools import repeat
 import torch
 import torch.nn.functional as F
 
+from utils import mean_over_ranks
+
 SSIM_WEIGHT = 0.85  # photometric error = 0.85 SSIM + 0.15 L1
 C1, C2 = 0.01 ** 2, 0.03 ** 2
 
@@ -22,6 +24,14 @@ C1, C2 = 0.01 ** 2, 0.03 ** 2
 def constant(like: torch.Tensor, *values: float) -> torch.Tensor:
     """A vector on the device of `like`, made there: to copy numbers to a GPU is to wait for it."""
     return torch.stack([like.new_full((), value) for value in values])
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` where the mask (of the same shape) is set, 0 where it nowhere is.
+
+    Where several processes share a batch, the mean of what they return is that over the whole batch.
+    """
+    return (values * mask).sum() / mean_over_ranks(mask.sum().float()).clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------- geometry
@@ -273,8 +283,8 @@ def supervised_depth_loss(depth: torch.Tensor, measured: torch.Tensor, relative:
     In metres, as in the paper; or relative to what was measured, where a metre counts more the closer it is.
     """
     valid = measured > 0
-    weight = valid / measured.where(valid, 1) if relative else valid
-    return ((depth - measured).abs() * weight).sum() / valid.sum().clamp(min=1)
+    error = (depth - measured).abs()
+    return masked_mean(error / measured.where(valid, 1) if relative else error, valid)
 
 
 def scale_shift_invariant_loss(prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -292,8 +302,7 @@ def scale_shift_invariant_loss(prediction: torch.Tensor, target: torch.Tensor, v
     scale = scale.clamp(min=0)  # a negative one would make an inside-out picture a perfect one
     spread = (q_centred.abs().sum(1, keepdim=True) / count).clamp(min=1e-9)
     error = (scale * p_centred - q_centred).abs().sum(1, keepdim=True) / count / spread
-    has_pixels = (weight.sum(1, keepdim=True) > 0).float()
-    return (error * has_pixels).sum() / has_pixels.sum().clamp(min=1)
+    return masked_mean(error, weight.sum(1, keepdim=True) > 0)
 
 
 def measured_depth_loss(disparities: list[torch.Tensor], measured: torch.Tensor, min_depth: float, max_depth: float,
@@ -336,7 +345,7 @@ def flow_loss(flows: list[torch.Tensor], pyramid: list[torch.Tensor], source: to
         full = 2 ** scale * upsample(flow, (H, W))
         warped, inside = sample(source, pixels + full.permute(0, 2, 3, 1))
         error = photometric_error(warped, target, statistics)
-        photometric.append((error * inside).sum() / inside.sum().clamp(min=1) if mask_outside else error.mean())
+        photometric.append(masked_mean(error, inside) if mask_outside else error.mean())
         size = constant(flow, flow.shape[3], flow.shape[2]).view(1, 2, 1, 1)
         smooth.append(smoothness(flow / size, pyramid[scale]))  # as a share of the image, whatever the resolution
         weights.append(1 / 2 ** scale)
@@ -362,7 +371,7 @@ def reconstruction_loss(reconstructions: list[torch.Tensor], pyramid: list[torch
         mask = F.adaptive_max_pool2d(removed.float(),
                                      prediction.shape[2:])  # a coarse pixel counts if any part of it was removed
         error = (prediction - pyramid[scale]).abs().mean(1, keepdim=True)
-        losses.append((error * mask).sum() / mask.sum().clamp(min=1))
+        losses.append(masked_mean(error, mask))
         weights.append(1 / 2 ** scale)
     weights = constant(losses[0], *weights)
     return (torch.stack(losses) * weights).sum() / weights.sum()

@@ -10,11 +10,16 @@ Parameter names follow Monodepth2's published checkpoints, so that its folders l
 """
 
 import argparse
+import ctypes
 import math
 import os
 import re
+import shutil
 import sys
 import zipfile
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -391,6 +396,11 @@ def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,)
     return model
 
 
+def synchronize_batch_norm(network: nn.Module | None) -> nn.Module | None:
+    """Batch norm over the batch of all processes, not over each one's share."""
+    return network and nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
 def count(parameters: list[nn.Parameter]) -> int:
     """Numbers in a list of parameters."""
     return sum(p.numel() for p in parameters)
@@ -405,6 +415,38 @@ def check_options(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value} is not a multiple of {step}: try {round(value / step) * step}")
     if args.arch == "deeplabv3" and args.batch_size < 2:
         raise InputError("--batch_size 1: DeepLabV3 normalises its image-wide feature over the batch, which takes two")
+
+
+# ---------------------------------------------------------------------------------------------- what the device decides
+
+def pick_device(name: str) -> torch.device:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        with suppress(RuntimeError, AssertionError):  # AssertionError: a torch without CUDA
+            return torch.empty(0, device=name).device
+    raise InputError(f"--device {name}: use cpu, cuda or cuda:N; here are {torch.cuda.device_count()} CUDA devices")
+
+
+def device_choices(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
+    """All that depends on the device, in one place; options that are not "auto" have their way.
+
+    autocast(): a context for the networks; memory_format: of the networks; compile: "none", "loss" or "all"; batched:
+    the scales of the photometric loss go through as one batch.
+    """
+    gpu = device.type == "cuda"
+    if not gpu:  # freed memory stays with the process, which would have to clear every page of it again in each step
+        with suppress(OSError, AttributeError):  # another C library than glibc
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    bf16 = args.amp == "bf16" or (args.amp == "auto" and gpu and torch.cuda.is_bf16_supported(False))
+    last = args.memory_format == "channels_last" or (args.memory_format == "auto" and gpu)
+    scales = getattr(args, "scales", "auto")
+    compile = ("loss" if gpu and find_spec("triton") else "none") if args.compile == "auto" else args.compile
+    if compile != "none" and not gpu and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError(f"--compile {args.compile} needs a C++ compiler, and there is no g++: install it, or set CXX")
+    return argparse.Namespace(
+        autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16),
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+        compile=compile, batched=gpu if scales == "auto" else scales == "batched")
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -481,6 +523,8 @@ def save(run: Run, step: int, options: dict, optimizer: torch.optim.Optimizer, *
 
     Weights that are not finite end the run and leave both files as they were.
     """
+    if not run.writes:
+        return
     parts = state(*networks)
     for name, part in parts.items():
         if not all(torch.isfinite(value).all() for value in part.values()):

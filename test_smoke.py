@@ -27,6 +27,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -810,19 +811,19 @@ def test_no_step_waits_for_the_device(task):
                                  with_depth=task == "depth", augment=True)
     batch = torch.utils.data.default_collate([clips[i, (0, i)] for i in range(2)])
     for device in ("cpu", "meta"):
-        choices = utils.device_choices(args, torch.device("cpu"))
+        choices = networks.device_choices(args, torch.device("cpu"))
         choices.compare, here = losses.photometric_error, datasets.to_device(batch, torch.device(device))
         torch.manual_seed(0)
         model = networks.build("flow" if task == "flow" else "unet", "resnet18",
                                {"flow": 2, "reconstruction": 3}.get(task, 1), (0, 1, 2, 3)).to(device)
         pose = networks.PoseNet("resnet18").to(device)
-        meter = utils.Meter(torch.device("cpu"))
+        meter = evaluate.Meter(torch.device("cpu"))
         terms, _ = train_depth.compute_loss(args, model, pose, here, 0, choices, meter)
         terms["loss"].backward()
         if device == "meta" or task != "mono+stereo":
             continue
         args.amp = "bf16"  # networks in bfloat16, losses close to those in float32 and in float32 themselves
-        choices.autocast = utils.device_choices(args, torch.device("cpu")).autocast
+        choices.autocast = networks.device_choices(args, torch.device("cpu")).autocast
         half, _ = train_depth.compute_loss(args, model, pose, here, 0, choices, meter)
         assert half["loss"].dtype == torch.float32 and half["loss"] != terms["loss"]
         assert_close(half["loss"], terms["loss"], 0.03)
@@ -834,7 +835,7 @@ def test_choices_for_a_device(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
 
     def chosen(device, *options):
-        choices = utils.device_choices(parse(train_depth, *options), device)
+        choices = networks.device_choices(parse(train_depth, *options), device)
         return choices.autocast.keywords["enabled"], choices.memory_format, choices.compile, choices.batched
 
     assert chosen(cpu) == (False, torch.contiguous_format, "none", False)
@@ -2140,6 +2141,100 @@ def test_a_finished_run_says_so(capsys, world, log_dir, pretrained, fine_tuned):
             before == {name: os.path.getmtime(os.path.join(folder, name)) for name in before}
             and read_log(folder) == log
         )
+
+
+# ------------------------------------------------------------------------------------ several processes
+
+def run_rank(number: int, port: int, fixed_statistics: bool, *arguments) -> None:
+    """One of two processes as torchrun starts them (number < 0: the only one)."""
+    if number >= 0:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+    if fixed_statistics:  # batch norm over a share of the batch is another function
+        torch.nn.BatchNorm2d.forward = lambda self, x: F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias)
+    run_forked(*arguments)
+
+
+def launch_ranks(script: str, options: list, folder, numbers=(0, 1), fixed_statistics: bool = False) -> list:
+    """Start processes of one run; each with the file of its output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number in numbers:
+        output = str(folder / f"rank{number}.txt")
+        arguments = (number, port, fixed_statistics, script, [str(option) for option in options], output)
+        started.append((FORKS.Process(target=run_rank, args=arguments), output))
+        started[-1][0].start()
+    return started
+
+
+def wait_for_end(started: list) -> list[int]:
+    """Exit codes, within a minute."""
+    deadline = time.monotonic() + 60
+    for process, _ in started:
+        process.join(max(0, deadline - time.monotonic()))
+    codes = [process.exitcode for process, _ in started]
+    for process, _ in started:
+        process.kill()
+    return codes
+
+
+@pytest.mark.parametrize("kind", ("mono+stereo", "depth", "affine", "flow", "reconstruction", "segmentation"))
+def test_two_processes_train_as_one(tmp_path, world, kind):
+    """The same losses at every step, whichever process holds the pixels that count, and one folder of files."""
+    script, losses_of = ("train_seg.py" if kind == "segmentation" else "train_depth.py"), []
+    for numbers in ((-1,), (0, 1)):
+        options = ["--data", "synthetic", "--data_path", world, *SMALL, "--batch_size", 4, "--steps", 3,
+                   "--num_workers", 0, "--log_every", 1, "--name", f"run{len(numbers)}", "--log_dir", tmp_path]
+        if kind == "affine":
+            options += ["--supervision", "depth", "--depth_loss", "affine"]
+        elif kind in PRETRAINING:
+            options += PRETRAINING[kind][0][:2]
+        started = launch_ranks(script, options, tmp_path, numbers, fixed_statistics=True)
+        assert wait_for_end(started) == [0] * len(numbers), [read_text(output) for _, output in started]
+        losses_of.append([r["loss"] for r in read_log(f"{tmp_path}/run{len(numbers)}") if "loss" in r])
+    assert len(losses_of[0]) == 3 and len(set(losses_of[0])) == 3
+    np.testing.assert_allclose(losses_of[1], losses_of[0], rtol=1e-4)
+    assert read_text(tmp_path / "rank1.txt") == ""
+
+
+def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path):
+    """SIGKILL to one: the other ends with a line; the same command goes on. SIGTERM to one: both stop, saved."""
+    write_frames(tmp_path / "video", range(1, 4))
+    options = frames_run(tmp_path, "--steps", 2000, "--log_every", 1, "--save_every", 1, "--name", "run", "--batch_size",
+                         2)
+    started = launch_ranks("train_depth.py", options, tmp_path)
+    wait_for_records(tmp_path / "runs" / "run", 2, started[0][0])
+    started[1][0].kill()
+    assert wait_for_end(started) == [1, -signal.SIGKILL]
+    assert read_text(started[0][1]).splitlines()[-1].startswith("error: another process of this run has ended")
+    started = launch_ranks("train_depth.py", options, tmp_path)
+    wait_for_records(tmp_path / "runs" / "run", 4, started[0][0])
+    os.kill(started[1][0].pid, signal.SIGTERM)
+    assert wait_for_end(started) == [utils.STOPPED] * 2
+    assert "continues at step" in read_text(started[0][1]) and "saved" in read_text(started[0][1])
+
+
+def test_torchrun(tmp_path, world):
+    """As a user starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               os.path.join(HERE, "train_seg.py"), "--data", "synthetic", "--data_path", world, *SMALL, "--steps", "2",
+               "--num_workers", "0", "--log_dir", str(tmp_path), "--device", "cpu"]
+    command += ["--name", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mIoU") == 1 and read_json(tmp_path, "run", "result.json")["step"] == 2
+
+
+def test_what_several_processes_refuse(tmp_path, world):
+    for refused in (["--batch_size", 3], ["--sync_bn"], ["--on_bad_sample", "skip"], ["--benchmark", 2]):
+        options = ["--data", "synthetic", "--data_path", world, *SMALL, "--log_dir", tmp_path, "--device", "cpu", *refused]
+        started = launch_ranks("train_seg.py", options, tmp_path)
+        assert wait_for_end(started) == [2, 2]
+        line, = read_text(started[0][1]).splitlines()
+        assert line.startswith("error: ") and refused[0] in line
 
 
 # ------------------------------------------------------------------------------------ a run that can be trusted

@@ -22,7 +22,7 @@ import evaluate
 import losses
 import networks
 import utils
-from utils import STOPPED, InputError, Meter, Parser, Run, add_common_options, pick_device, run_main, save_json, within
+from utils import STOPPED, InputError, Parser, Run, add_common_options, run_main, save_json, within
 
 INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
 
@@ -110,7 +110,7 @@ def parse_options() -> argparse.Namespace:
     network = args.encoder if args.arch == "unet" else f"{args.arch}_{args.encoder}"
     args.name = args.name or f"{kind}_{args.data}_{network}_{init}_seed{args.seed}"
     networks.check_options(args)
-    utils.prepare_benchmark(args)
+    evaluate.prepare_benchmark(args)
     return args
 
 
@@ -147,7 +147,7 @@ def run_networks(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
 
 
 def compute_loss(args: argparse.Namespace, model: torch.nn.Module, pose: torch.nn.Module | None, batch: dict,
-                 step: int, choices: argparse.Namespace, meter: Meter,
+                 step: int, choices: argparse.Namespace, meter: evaluate.Meter,
                  intrinsics: torch.nn.Module | None = None) -> tuple[dict, dict]:
     """Loss terms and maps to look at, of one batch. Networks see jittered frames, losses the real ones."""
     with choices.autocast():
@@ -226,8 +226,9 @@ def save_pictures(path: str, frames: torch.Tensor, views: dict, count: int = 4) 
 
 def main() -> int:
     args = parse_options()
-    device = pick_device(args.device)
-    choices = utils.device_choices(args, device)
+    utils.join_ranks(args)
+    device = networks.pick_device(args.device)
+    choices = networks.device_choices(args, device)
 
     # data
     dataset = make_dataset(args)
@@ -251,6 +252,8 @@ def main() -> int:
     if args.init != "none":
         taken = networks.load_weights(model, args.init, args.task, args.init_parts, pose)
     model.to(device, memory_format=choices.memory_format).train()
+    if args.sync_bn:
+        model, pose = map(networks.synchronize_batch_norm, (model, pose))
     parameters = list(model.parameters())
     if pose is not None:
         pose.to(device, memory_format=choices.memory_format).train()
@@ -277,7 +280,7 @@ def main() -> int:
     if run.finished:
         print(f"{run.folder}: finished already")
         return 0
-    if args.tensorboard:
+    if args.tensorboard and run.writes:
         run.board = evaluate.tensorboard(run.folder, start)
     what = f"depth ({args.supervision})" if args.task == "depth" else args.task
     print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}"
@@ -297,9 +300,10 @@ def main() -> int:
     options["metric"] = metric
 
     # loop
-    meter, done, record, trouble = Meter(device, exact=args.benchmark), start, {}, {}
+    meter, done, record, trouble = evaluate.Meter(device, exact=args.benchmark), start, {}, {}
     batches = iter(datasets.train_loader(dataset, args, start))
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, disable=None)
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True,
+                    disable=None if run.writes else True)
     for step in progress:
         meter.lap()
         batch = next(batches)
@@ -315,9 +319,10 @@ def main() -> int:
         meter.lap("loss")
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
+        utils.average_gradients(optimizer)
         meter.lap("backward")
         done = step + 1
-        last = done == args.steps or run.stop
+        last = done == args.steps or run.stops()
         # on a GPU not at every step, as asking means waiting
         if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
             again = partial(compute_loss, args, model, pose, batch, step, choices, meter, intrinsics)
@@ -328,11 +333,11 @@ def main() -> int:
 
         if args.benchmark:
             if last:
-                return utils.print_benchmark(meter, args, device)
-            if done == utils.WARM_UP:
+                return evaluate.print_benchmark(meter, args, device)
+            if done == evaluate.WARM_UP:
                 meter.reset()
             continue
-        if step == 0 or done % args.save_every == 0 or last:
+        if run.writes and (step == 0 or done % args.save_every == 0 or last):
             save_pictures(run.path(f"samples/{done:06d}.png"), batch["frames"], views)
         if done % args.log_every == 0 or last:
             record = {**meter.record(args.batch_size), "learning_rate": rate}
@@ -355,6 +360,8 @@ def main() -> int:
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
+    if not run.writes:
+        return 0
     result = {"step": done, "samples": len(dataset), **record, **datasets.skipped_samples(run),
               "warnings": [*trouble.values()]}
     if intrinsics is not None:

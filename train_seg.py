@@ -24,7 +24,7 @@ import evaluate
 import losses
 import networks
 import utils
-from utils import STOPPED, InputError, Meter, Parser, Run, add_common_options, pick_device, run_main, save_json, within
+from utils import STOPPED, InputError, Parser, Run, add_common_options, run_main, save_json, within
 
 FEATURES = 2 ** 32  # bytes that a frozen encoder's features of the training set may take to be kept
 CURVES = ("miou", "pixel_accuracy", "cross_entropy")  # logged at every evaluation (Figure 2)
@@ -91,7 +91,7 @@ def parse_options() -> argparse.Namespace:
                      f"seed{args.seed}"])
     args.name = args.name or re.sub(r"[^\w.+=-]", "-", name)  # --init may be "my weights.pth"
     networks.check_options(args)
-    utils.prepare_benchmark(args)
+    evaluate.prepare_benchmark(args)
     return args
 
 
@@ -147,12 +147,13 @@ def encode(model: torch.nn.Module, batch: dict, kept: dict | None) -> list[torch
 
 
 def compute_loss(model: torch.nn.Module, batch: dict, kept: dict | None, choices: argparse.Namespace,
-                 meter: Meter) -> tuple[dict, torch.Tensor]:
+                 meter: evaluate.Meter) -> tuple[dict, torch.Tensor]:
     """Cross-entropy over labelled pixels (Eq. 2), and the logits (B, classes, H, W)."""
     with choices.autocast():
         logits = model.decoder(encode(model, batch, kept))[0].float()
     meter.lap("networks")
-    return {"loss": F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE)}, logits
+    nats = F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE, reduction="none")
+    return {"loss": losses.masked_mean(nats, batch["label"] != datasets.IGNORE)}, logits
 
 
 def save_pictures(path: str, batch: dict, logits: torch.Tensor, colours: tuple, count: int = 4) -> None:
@@ -164,8 +165,9 @@ def save_pictures(path: str, batch: dict, logits: torch.Tensor, colours: tuple, 
 
 def main() -> int:
     args = parse_options()
-    device = pick_device(args.device)
-    choices = utils.device_choices(args, device)
+    utils.join_ranks(args)
+    device = networks.pick_device(args.device)
+    choices = networks.device_choices(args, device)
 
     # data
     train_set, val_set = make_datasets(args)
@@ -185,6 +187,8 @@ def main() -> int:
         taken = networks.load_weights(model, args.init, "segmentation", args.init_parts)
     pretraining = name_pretraining(args.init)
     model.to(device, memory_format=choices.memory_format).train()
+    if args.sync_bn:
+        model = networks.synchronize_batch_norm(model)
     if args.freeze_encoder:
         model.encoder.requires_grad_(False)
     if args.freeze_encoder or args.freeze_batch_norm_only:
@@ -208,7 +212,7 @@ def main() -> int:
     if run.finished:
         print(f"{run.folder}: finished already")
         return 0
-    if args.tensorboard:
+    if args.tensorboard and run.writes:
         run.board = evaluate.tensorboard(run.folder, start)
     print(f"{run.folder}: segmentation of {len(train_set.classes)} classes of {args.data}, {len(train_set)} images for "
           f"training and {len(val_set)} for evaluation")
@@ -226,12 +230,13 @@ def main() -> int:
                "colours": [list(colour) for colour in train_set.colours]}
 
     # loop
-    if start == 0 and not args.benchmark:  # where the curves begin
+    if start == 0 and run.writes and not args.benchmark:  # where the curves begin
         scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
         run.log({"step": 0, **{key: scores[key] for key in CURVES}})
-    meter, done, scores = Meter(device, exact=args.benchmark), start, {}
+    meter, done, scores = evaluate.Meter(device, exact=args.benchmark), start, {}
     batches = iter(datasets.train_loader(train_set, args, start))
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True, disable=None)
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True,
+                    disable=None if run.writes else True)
     for step in progress:
         meter.lap()
         batch = next(batches)
@@ -250,9 +255,10 @@ def main() -> int:
         meter.lap("loss")
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
+        utils.average_gradients(optimizer)
         meter.lap("backward")
         done = step + 1
-        last = done == args.steps or run.stop
+        last = done == args.steps or run.stops()
         # on a GPU not at every step, as asking means waiting
         if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
             rerun = partial(compute_loss, model, batch, kept, choices, meter) if args.detect else None
@@ -262,11 +268,11 @@ def main() -> int:
 
         if args.benchmark:
             if last:
-                return utils.print_benchmark(meter, args, device)
-            if done == utils.WARM_UP:
+                return evaluate.print_benchmark(meter, args, device)
+            if done == evaluate.WARM_UP:
                 meter.reset()
             continue
-        if step == 0 or done % args.save_every == 0 or last:
+        if run.writes and (step == 0 or done % args.save_every == 0 or last):
             save_pictures(run.path(f"samples/{done:06d}.png"), batch, logits.detach(), train_set.colours)
         if done % args.log_every == 0 or last:
             record = {**meter.record(args.batch_size), "learning_rate": rate}
@@ -275,7 +281,7 @@ def main() -> int:
             if not last and done <= start + args.log_every:
                 left = timedelta(seconds=round((args.steps - done) * record["ms_per_step"] / 1000))
                 tqdm.write(f"about {left} to go (h:mm:ss), and the evaluations")
-        if done % args.eval_every == 0 or done == args.steps:
+        if run.writes and (done % args.eval_every == 0 or done == args.steps):
             scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
             run.log({"step": done, **{key: scores[key] for key in CURVES}})
             meter.reset()  # the time of the evaluation is not the steps'
@@ -287,6 +293,8 @@ def main() -> int:
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return STOPPED
+    if not run.writes:
+        return 0
     if not scores:  # killed between last.pt and here
         scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
     save_json(run.path("result.json"), {"step": done, "pretraining": pretraining, **scores,

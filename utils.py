@@ -1,33 +1,26 @@
-"""What both training scripts share: common options, the run folder, checkpoints, signals, exit codes."""
+"""What both training scripts share: common options, the run folder, several processes, signals, exit codes."""
 
 import argparse
 import atexit
-import ctypes
 import fcntl
 import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
-from importlib.util import find_spec
 from typing import BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL: run the command again)
-WARM_UP = 5  # steps before a benchmark's
-PARTS = ("data", "networks", "loss", "backward", "optimizer")  # of a step, as a benchmark tells them apart
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAY_CHANGE = {"resume", "detect", "device", "num_workers", "log_dir", "log_every", "save_every", "cache",  # later on
               "on_bad_sample", "tensorboard"}
@@ -46,7 +39,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1 if "DataLoader worker" in line else 2)  # its death may be told of while a checkpoint is written
     except RuntimeError as error:
-        if not re.search("DataLoader worker|allocate", str(error)):  # killed from outside, or out of memory
+        if dist.is_initialized() and re.search("gloo|NCCL|onnection|imed out", str(error)):
+            error = f"another process of this run has ended, so this one does too; the same command continues ({error})"
+        elif not re.search("DataLoader worker|allocate", str(error)):  # killed from outside, or out of memory
             raise
         sys.exit(f"error: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
@@ -103,39 +98,72 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
                        help="of the networks (auto: channels_last on a GPU)")
     group.add_argument("--compile", choices=("auto", "none", "loss", "all"), default="auto",
                        help="torch.compile: the photometric error, or the networks as well (auto: loss on a GPU)")
+    group.add_argument("--sync_bn", action="store_true",
+                       help="under torchrun, batch norm over the whole batch (else over each GPU's share of it)")
     group.add_argument("--benchmark", type=within(int, 1), nargs="?", const=20, metavar="STEPS",
                        help="time so many steps after five others, print ms by part as JSON, and leave nothing behind")
 
 
-def pick_device(name: str) -> torch.device:
-    if re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        with suppress(RuntimeError, AssertionError):  # AssertionError: a torch without CUDA
-            return torch.empty(0, device=name).device
-    raise InputError(f"--device {name}: use cpu, cuda or cuda:N; here are {torch.cuda.device_count()} CUDA devices")
+# ---------------------------------------------------------------------------------------------- several processes
 
+def join_ranks(args: argparse.Namespace) -> None:
+    """Under `torchrun`, meet the other processes. The batch is shared out, on GPUs one each; rank 0 alone writes.
 
-def device_choices(args: argparse.Namespace, device: torch.device) -> argparse.Namespace:
-    """All that depends on the device, in one place; options that are not "auto" have their way.
-
-    autocast(): a context for the networks; memory_format: of the networks; compile: "none", "loss" or "all"; batched:
-    the scales of the photometric loss go through as one batch.
+    Numbers on the CPU go through gloo, those on GPUs through NCCL.
     """
-    gpu = device.type == "cuda"
-    if not gpu:  # freed memory stays with the process, which would have to clear every page of it again in each step
-        with suppress(OSError, AttributeError):  # another C library than glibc
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    bf16 = args.amp == "bf16" or (args.amp == "auto" and gpu and torch.cuda.is_bf16_supported(False))
-    last = args.memory_format == "channels_last" or (args.memory_format == "auto" and gpu)
-    scales = getattr(args, "scales", "auto")
-    compile = ("loss" if gpu and find_spec("triton") else "none") if args.compile == "auto" else args.compile
-    if compile != "none" and not gpu and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError(f"--compile {args.compile} needs a C++ compiler, and there is no g++: install it, or set CXX")
-    return argparse.Namespace(
-        autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16),
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-        compile=compile, batched=gpu if scales == "auto" else scales == "batched")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return
+    if args.batch_size % world or args.benchmark or args.on_bad_sample == "skip":
+        raise InputError(f"{world} processes need a --batch_size that {world} divides (it is that of all together), and "
+                         "neither --benchmark nor --on_bad_sample skip")
+    if args.sync_bn and args.device == "cpu":
+        raise InputError("--sync_bn is for GPUs: on the CPU torch has no batch norm over several processes")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+    atexit.register(dist.destroy_process_group)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
 
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(batch: torch.Tensor | list) -> torch.Tensor | list:
+    """This process's part of a batch."""
+    return batch[rank()::ranks()]
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor (without gradient) over all processes."""
+    if ranks() > 1:
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        value = value / ranks()
+    return value
+
+
+def wait_for_ranks() -> None:
+    mean_over_ranks(torch.zeros(()))
+
+
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """After backward: every process goes on with the gradient of the whole batch."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if ranks() > 1 and gradients:
+        whole = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+# ---------------------------------------------------------------------------------------------- files
 
 def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_previous: bool = False) -> None:
     """`write(file)`, flushed to disk and renamed: readers see the old file or the new one, never a part.
@@ -172,31 +200,40 @@ class Run:
     def __init__(self, args: argparse.Namespace, script: str, read_last: Callable[[str], dict | None]):
         if not re.fullmatch(r"\w[\w.+=-]*", args.name):
             raise InputError(f"--name {args.name!r}: letters, digits and . _ + = - only (it names a folder)")
-        self.args, self.folder, self.stop, self.board = args, os.path.join(args.log_dir, args.name), False, None
+        self.args, self.folder, self.board = args, os.path.join(args.log_dir, args.name), None
+        self.signalled, self.writes = False, rank() == 0
         if args.resume and not any(os.path.exists(self.path(name)) for name in ("last.pt", "last.pt.1")):
             raise InputError(f"--resume: there is no {self.path('last.pt')}")
+        if self.writes:
+            self._lock()
+        else:
+            wait_for_ranks()  # until the first has put in order what has to be
+        self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
+        self.checkpoint = read_last(self.path("last.pt"))
+        if self.checkpoint is not None:
+            self._refuse_other_options(self.checkpoint["args"])
+        elif self.writes and not self.finished:
+            self._describe(script)
+        if self.writes:
+            wait_for_ranks()
+        if not self.finished:
+            for each in SIGNALS:
+                signal.signal(each, self._on_signal)
+        if self.writes and not self.finished:
+            self.log_file = open(self.path("log.jsonl"), "a", buffering=1)  # noqa: SIM115  (open as long as the run)
+            known = self.checkpoint["log_size"] if self.checkpoint else 0
+            self.log_file.truncate(min(known, self.log_file.tell()))  # later records are of steps that are run again
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def _lock(self) -> None:
         try:
             os.makedirs(self.path("samples"), exist_ok=True)
             self.lock = open(self.path("lock"), "w")  # noqa: SIM115  (held as long as the process lives)
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
         except BlockingIOError:
             raise InputError(f"{self.folder}: another process runs there; give another --name") from None
-
-        self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
-        self.checkpoint = read_last(self.path("last.pt"))
-        if self.checkpoint is not None:
-            self._refuse_other_options(self.checkpoint["args"])
-        elif not self.finished:
-            self._describe(script)
-        if not self.finished:
-            self.log_file = open(self.path("log.jsonl"), "a", buffering=1)  # noqa: SIM115  (open as long as the run)
-            known = self.checkpoint["log_size"] if self.checkpoint else 0
-            self.log_file.truncate(min(known, self.log_file.tell()))  # later records are of steps that are run again
-            for each in SIGNALS:
-                signal.signal(each, self._on_signal)
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
 
     def _refuse_other_options(self, then: dict) -> None:
         now = vars(self.args)
@@ -214,70 +251,20 @@ class Run:
             "git_commit": commit or None})
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.stop = True
+        self.signalled = True
         for each in SIGNALS:  # a second one ends at once
             signal.signal(each, signal.SIG_DFL)
 
+    def stops(self) -> bool:
+        """Whether a signal has come, to any process; all of them ask at every step."""
+        return bool(mean_over_ranks(torch.tensor(float(self.signalled))))
+
     def log(self, record: dict) -> None:
         """One record, the same for people and as a line of JSON."""
+        if not self.writes:
+            return
         self.log_file.write(json.dumps(record) + "\n")
         if self.board is not None:
             self.board(record)
         tqdm.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                              for key, value in record.items()))
-
-
-class Meter:
-    """Means of loss terms, and where the time went, between two log records; no step waits for a number of them."""
-
-    def __init__(self, device: torch.device, exact: bool = False):
-        self.wait = exact and device.type == "cuda"  # only a benchmark has the GPU finish one part before the next
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew, at a record or after what was no step."""
-        self.sums, self.steps, self.seconds, self.start = {}, 0, dict.fromkeys(PARTS, 0.0), time.perf_counter()
-        self.last = self.start
-
-    def lap(self, part: str | None = None) -> None:
-        """The time since the last call was for this part of a step, one of PARTS, or for none of them."""
-        if self.wait:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if part:
-            self.seconds[part] += now - self.last
-        self.last = now
-
-    def add(self, terms: dict[str, torch.Tensor]) -> None:
-        self.sums = {key: self.sums.get(key, 0) + value.detach() for key, value in terms.items()}
-        self.steps += 1
-
-    def record(self, batch_size: int, parts: tuple[str, ...] = ("data",)) -> dict:
-        """Means since the last reset, per step; resets."""
-        seconds = time.perf_counter() - self.start
-        out = {key: float(value) / self.steps for key, value in self.sums.items()}
-        out |= {"ms_per_step": 1000 * seconds / self.steps, "samples_per_s": batch_size * self.steps / seconds,
-                **{f"ms_{part}": 1000 * self.seconds[part] / self.steps for part in parts}}
-        self.reset()
-        return out
-
-
-def prepare_benchmark(args: argparse.Namespace) -> None:
-    """A benchmark is a short run in a folder that does not outlive it."""
-    if args.benchmark:
-        args.steps, args.log_dir = WARM_UP + args.benchmark, tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, args.log_dir, ignore_errors=True)
-
-
-def print_benchmark(meter: Meter, args: argparse.Namespace, device: torch.device) -> None:
-    """A line for people, and as the last line a JSON object."""
-    record = meter.record(args.batch_size, PARTS)
-    if device.type == "cuda":
-        memory, name = torch.cuda.max_memory_allocated() / 2 ** 20, torch.cuda.get_device_name()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        name = f"cpu, {torch.get_num_threads()} threads"
-    record |= {"peak_memory_mb": memory, "device": name}
-    print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                    for key, value in record.items()))
-    print(json.dumps({**record, "options": vars(args)}))
