@@ -5,8 +5,9 @@
 #   bash run_all.sh table1 fig3              # the jobs of these, then their tables
 #   bash run_all.sh list [NAME ... STAGE]    # print the jobs instead, of all names if none is given
 #   DATA=kitti DATA_PATH=/data/kitti bash run_all.sh table1    # with the paper's schedule
+#   KITTI=/data/kitti CAMVID=/data/camvid bash run_all.sh camvid    # small, from real video to real labels
 #
-# NAME: core table1 table2 table3 table4 table5 table6 fig2 fig3 fig4 fig5 fig6 fig7 fig8 release
+# NAME: core table1 table2 table3 table4 table5 table6 fig2 fig3 fig4 fig5 fig6 fig7 fig8 release camvid
 # STAGE: pretraining, finetuning (needs the former), pictures (needs both)
 # Finished jobs are skipped, interrupted ones continue, a job that is running already is refused. Elsewhere, by stage:
 #
@@ -14,7 +15,8 @@
 #   bash run_all.sh list table1 finetuning | parallel -j 4
 #   bash -c "$(bash run_all.sh list table1 finetuning | sed -n "${SLURM_ARRAY_TASK_ID}p")"
 #
-# Settings: DATA (synthetic, kitti) and DATA_PATH; CITYSCAPES, NYU, VOC, ADE20K, the roots of what some tables need;
+# Settings: DATA (synthetic, kitti) and DATA_PATH; CITYSCAPES, NYU, VOC, ADE20K, KITTI, CAMVID, the roots of what some
+# jobs need;
 # WEIGHTS, the folder of downloaded checkpoints; SEEDS="0 1 2", of the draws of training images and of the new layers;
 # RUNS=runs/$DATA; CACHE, a folder for packed copies of what is pre-trained on (default: $RUNS/cache for synthetic, none
 # for real data); JOBS, how many at a time (their output is in $RUNS/logs); PYTHON=python.
@@ -42,7 +44,7 @@ else  # the paper's settings (README, "Protocol")
   reconstruction="--steps 249000 --batch_size 8 --learning_rate_drop 0.5 --learning_rate_factor 0.5"
   batch=16 labels="--steps 20000 --learning_rate 1e-4 --eval_every 1000"
 fi
-data=(--data "$DATA" --data_path "$DATA_PATH") prefix=
+data=(--data "$DATA" --data_path "$DATA_PATH") prefix="" video=()  # video: to pre-train on, where it is not the same
 
 # ---------------------------------------------------------------------------------------------- jobs
 
@@ -57,7 +59,8 @@ job() {
 # pretrain KIND ENCODER
 # shellcheck disable=SC2086  # the settings above are words
 pretrain() {
-  local kind=$1 to=(--encoder "$2" "${data[@]}" ${CACHE:+--cache "$CACHE"})
+  local kind=$1 to=(--encoder "$2" ${CACHE:+--cache "$CACHE"})
+  if [ ${#video[@]} -gt 0 ]; then to+=("${video[@]}"); else to+=("${data[@]}"); fi
   case $kind in
     depth) job "depth_$2" train_depth.py "${to[@]}" --supervision $main --init imagenet $size $depth ;;
     depthrand) job "depthrand_$2" train_depth.py "${to[@]}" --supervision $main $size $depth ;;
@@ -248,9 +251,29 @@ release() {  # two behaviours of the authors' release: inputs normalised twice, 
   done
 }
 
+# shellcheck disable=SC2034
+camvid() {  # real video to real labels, small: stereo pairs of KITTI's drives, then 16 and 64 images of CamVid
+  local data=(--data camvid --data_path "${CAMVID:-data/camvid}") video=(--data kitti --data_path "${KITTI:-data/kitti}")
+  local prefix=camvid_ main=stereo small="--batch_size 4 --num_workers 0" size="" batch=4 images mode init
+  local depth="--height 64 --width 192 --steps 3000 --learning_rate 2e-4 $small"
+  local flow=$depth reconstruction=$depth
+  local labels="--height 96 --width 128 --steps 300 --learning_rate 5e-4 --eval_every 60 --num_workers 0"
+  for images in 16 64; do
+    for mode in all frozen; do
+      for init in none flow reconstruction depthrand depthrand-encoder; do
+        finetune $init resnet18 unet $mode $images
+      done
+    done
+  done
+  for init in none depthrand-encoder; do
+    finetune $init resnet18 unet all 16 twice --normalize_twice
+    finetune $init resnet18 unet all 16 batchnorm --freeze_batch_norm_only
+  done
+}
+
 # ---------------------------------------------------------------------------------------------- running
 
-everything="core table1 table2 table3 table4 table5 table6 fig2 fig3 fig4 fig5 fig6 fig7 fig8 release"
+everything="core table1 table2 table3 table4 table5 table6 fig2 fig3 fig4 fig5 fig6 fig7 fig8 release camvid"
 
 
 # list NAME... [STAGE]: the jobs, none twice
