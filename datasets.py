@@ -1245,18 +1245,22 @@ class Labelled(Dataset):
         except InputError as error:
             return {"index": index, "problems": [str(error)]}
 
-    def load(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if index not in self.cached:
+    def load(self, index: int, native_label: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Resized image (3, H, W) and label, resized likewise (H, W) or at its own size (h, w): both uint8."""
+        key = index, native_label
+        if key not in self.cached:
             image, label = self.native(index)
-            # nearest-exact takes the pixel at the new pixel's centre; any interpolation would invent ids
-            label = F.interpolate(label[None, None].to(torch.uint8), self.size, mode="nearest-exact")[0, 0]
+            label = label.to(torch.uint8)
+            if not native_label:
+                # nearest-exact takes the pixel at the new pixel's centre; any interpolation would invent ids
+                label = F.interpolate(label[None, None], self.size, mode="nearest-exact")[0, 0]
             entry = resize(image, list(self.size), antialias=True), label
-            if not self.keep:
+            if not self.keep or label.numel() * len(self) > IN_MEMORY:
                 return entry
-            self.cached[index] = entry
-        return self.cached[index]
+            self.cached[key] = entry
+        return self.cached[key]
 
-    def read_all(self, skip: bool = False) -> set[int]:
+    def read_all(self, skip: bool = False, native_label: bool = False) -> set[int]:
         """Train ids of the labels, after reading every image (of a set too large to be kept in memory, the first 8).
 
         So that what cannot be read is found before a run begins, unless it is to be skipped.
@@ -1264,7 +1268,7 @@ class Labelled(Dataset):
         seen = set()
         for index in range(len(self) if self.keep else min(8, len(self))):
             try:
-                seen |= set(self.load(index)[1].unique().tolist())
+                seen |= set(self.load(index, native_label)[1].unique().tolist())
             except InputError:
                 if not skip:
                     raise

@@ -173,7 +173,7 @@ def main() -> int:
     train_set, val_set = make_datasets(args)
     if len(train_set) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(train_set)} images)")
-    val_set.read_all()
+    val_set.read_all(native_label=True)
     seen = train_set.read_all(skip=args.on_bad_sample == "skip")
     absent = [name for c, name in enumerate(train_set.classes) if c not in seen and train_set.keep]
     window = (args.crop or val_set.size) if args.eval_mode == "slide" else None
