@@ -93,11 +93,11 @@ finetune() {
     *) pretrain "${init%-encoder}" "$encoder" && from=$RUNS/$prefix${init%-encoder}_$encoder ;;
   esac
   # a decoder is kept only where it is the same one: flow's takes two frames' features, DeepLab's head is its own
-  case $prefix$init-$arch in
-    none-* | *_none-* | imagenet-* | *_imagenet-* | cityscapes_*-deeplabv3) ;;
+  case $init-$arch in
+    none-* | imagenet-*) ;;
     flow-* | *-encoder-* | moco-* | dino-* | coco-*) options+=(--init_parts encoder) ;;
     *-unet) ;;
-    *) options+=(--init_parts encoder) ;;
+    *) [ "$prefix$arch" = cityscapes_deeplabv3 ] || options+=(--init_parts encoder) ;;
   esac
   [ "$mode" = all ] || options+=(--freeze_encoder)
   [ "$images" = all ] || options+=(--train_size "$images")
