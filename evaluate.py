@@ -232,14 +232,15 @@ def evaluate_segmentation(model: torch.nn.Module, dataset: datasets.Labelled, de
             counts = confusion_matrix(label, one[0].max(0).indices, classes)  # four times as fast as argmax(0)
             confusion += counts
             nats += F.cross_entropy(one, label[None], ignore_index=datasets.IGNORE, reduction="sum").double()
-            release.append(release_score(counts))
+            if dataset.classes == datasets.CITYSCAPES_CLASSES:
+                release.append(release_score(counts))
     for module, mode in modes:
         module.training = mode
     scores = segmentation_scores(confusion)
     scores["iou"] = dict(zip(dataset.classes, scores["iou"]))
     scores["cross_entropy"] = float(nats) / max(int(confusion[:-1].sum()), 1)
     scores["images"] = len(dataset)
-    if dataset.classes == datasets.CITYSCAPES_CLASSES:
+    if release:
         scores["release_miou"] = float(np.nanmean(release))
     return scores
 
@@ -801,7 +802,8 @@ def all_runs_table(runs: list[dict]) -> list[list[str]]:
     groups = {}
     for run in runs:
         o = run["options"]
-        setting = json.dumps({k: v for k, v in o.items() if k not in SAME_RUN | {"init_parts"}}, sort_keys=True)
+        setting = json.dumps({k: v for k, v in o.items() if v not in (None, False) and k not in SAME_RUN
+                              | {"init_parts"}}, sort_keys=True)
         name, parts = run["result"]["pretraining"], o.get("init_parts", "all")
         if name not in ("None", "ImageNet") and parts == "encoder":
             name += ", encoder only"

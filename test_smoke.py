@@ -783,26 +783,46 @@ def compare_with_monodepth2(height: int = 192, width: int = 640, batch: int = 2,
     print(f"losses and synthesis, forward and backward, {width}x{height}, batch {batch}, {threads} threads: "
           f"{1 / eager:.2f} times as fast as the plain formulation, compiled {1 / fast:.2f} times", flush=True)
 
-    frames = torch.stack([arguments[1][0], *arguments[2]], 1)
-    steps = []
-    for loss, fused in ((lambda *a: losses.depth_loss(*a, mask_outside=False)[0]["loss"], True),
-                        (plain_depth_loss, False)):
-        torch.manual_seed(0)
-        model, pose = networks.build("unet", "resnet18", 1, (0, 1, 2, 3)), networks.PoseNet("resnet18")
-        parameters = [*model.parameters(), *pose.parameters()]
-        optimizer = torch.optim.Adam(parameters, 1e-4, **({"fused": True} if fused else {}))
+    steps = [whole_step(height, width, batch, plain) for plain in (False, True)]
+    print(f"whole step: {1 / alternate(*steps, repeats=repeats)[0]:.2f} times as fast", flush=True)
+    peaks = multiprocessing.SimpleQueue()
+    for plain in (False, True):  # each in a process of its own
+        process = FORKS.Process(target=peak_memory, args=(height, width, batch, plain, threads, peaks))
+        process.start()
+        process.join()
+    print(f"peak memory of the step: {peaks.get():.0f} MB against {peaks.get():.0f} MB")
 
-        def step(model=model, pose=pose, loss=loss, optimizer=optimizer) -> None:
-            pyramid = losses.image_pyramid(frames[:, 0])
-            disparities = [x.sigmoid() for x in model(frames[:, 0])]
-            poses = [losses.pose_to_matrix(*pose(frames[:, 1], frames[:, 0]), invert=True),
-                     losses.pose_to_matrix(*pose(frames[:, 0], frames[:, 2]))]
-            value = loss(disparities, pyramid, [frames[:, 1], frames[:, 2]], arguments[3], poses)
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-        steps.append(step)
-    print(f"whole step: {1 / alternate(*steps, repeats=repeats)[0]:.2f} times as fast")
+
+def whole_step(height: int, width: int, batch: int, plain: bool):
+    """A training step on two source frames: as train_depth.py does it, or with the plain formulation."""
+    arguments = loss_arguments(height, width, batch)
+    frames = torch.stack([arguments[1][0], *arguments[2]], 1)
+    torch.manual_seed(0)
+    model, pose = networks.build("unet", "resnet18", 1, (0, 1, 2, 3)), networks.PoseNet("resnet18")
+    optimizer = torch.optim.Adam([*model.parameters(), *pose.parameters()], 1e-4, **({} if plain else {"fused": True}))
+
+    def step() -> None:
+        pyramid = losses.image_pyramid(frames[:, 0])
+        disparities = [x.sigmoid() for x in model(frames[:, 0])]
+        poses = [losses.pose_to_matrix(*pose(frames[:, 1], frames[:, 0]), invert=True),
+                 losses.pose_to_matrix(*pose(frames[:, 0], frames[:, 2]))]
+        seen = disparities, pyramid, [frames[:, 1], frames[:, 2]], arguments[3], poses
+        value = plain_depth_loss(*seen) if plain else losses.depth_loss(*seen, mask_outside=False)[0]["loss"]
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return step
+
+
+def peak_memory(height: int, width: int, batch: int, plain: bool, threads: int, peaks) -> None:
+    """Put MB of resident memory that three steps take at most into a queue."""
+    torch.set_num_threads(threads)
+    if not plain:
+        networks.device_choices(parse(train_depth), torch.device("cpu"))
+    step = whole_step(height, width, batch, plain)
+    for _ in range(3):
+        step()
+    peaks.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def test_the_loss_is_monodepth2s_and_several_times_faster():
