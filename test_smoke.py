@@ -3684,7 +3684,7 @@ def test_learning_intrinsics_of_two_folders(tmp_path, capsys, monkeypatch):
 
     def log_and_stop(run, record, log=utils.Run.log):
         log(run, record)
-        run.stop = record["step"] == 2
+        run.signalled = record["step"] == 2
     monkeypatch.setattr(utils.Run, "log", log_and_stop)
     assert call(capsys, train_depth, *options, "--name", "stopped")[0] == utils.STOPPED
     monkeypatch.undo()
@@ -4228,7 +4228,7 @@ def test_bad_samples_stop_or_are_replaced(tmp_path, capsys, monkeypatch):
         log = utils.Run.log
 
         def log_and_stop(self, record):
-            self.stop |= record["step"] == 2 and "loss" in record
+            self.signalled |= record["step"] == 2 and "loss" in record
             log(self, record)
         patch.setattr(utils.Run, "log", log_and_stop)
         assert run("resumed", "--log_every", "1")[0] == utils.STOPPED
