@@ -216,10 +216,11 @@ class Run:
             self._describe(script)
         if self.writes:
             wait_for_ranks()
-        if not self.finished:
-            for each in SIGNALS:
-                signal.signal(each, self._on_signal)
-        if self.writes and not self.finished:
+        if self.finished:
+            return
+        for each in SIGNALS:
+            signal.signal(each, self._on_signal)
+        if self.writes:
             self.log_file = open(self.path("log.jsonl"), "a", buffering=1)  # noqa: SIM115  (open as long as the run)
             known = self.checkpoint["log_size"] if self.checkpoint else 0
             self.log_file.truncate(min(known, self.log_file.tell()))  # later records are of steps that are run again
