@@ -144,6 +144,21 @@ class Conv3x3(nn.Module):
         return self.conv(x)
 
 
+class Elu(torch.autograd.Function):
+    """`F.elu` in place, from exp: on a CPU that is several times as fast as PyTorch's, which takes expm1."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor) -> torch.Tensor:
+        torch.maximum(x, x.clamp(max=0).exp_().sub_(1), out=x)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.elu_backward(gradient, 1, 1, 1, True, ctx.saved_tensors[0])
+
+
 class ConvBlock(nn.Module):
     """Conv3x3 and ELU."""
 
@@ -152,7 +167,8 @@ class ConvBlock(nn.Module):
         self.conv = Conv3x3(in_channels, out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.elu(self.conv(x), inplace=True)
+        x = self.conv(x)
+        return F.elu(x, inplace=True) if x.is_cuda or torch.compiler.is_compiling() else Elu.apply(x)
 
 
 class DepthDecoder(nn.Module):
@@ -438,14 +454,13 @@ def device_choices(args: argparse.Namespace, device: torch.device) -> argparse.N
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     bf16 = args.amp == "bf16" or (args.amp == "auto" and gpu and torch.cuda.is_bf16_supported(False))
-    last = args.memory_format == "channels_last" or (args.memory_format == "auto" and gpu)
     scales = getattr(args, "scales", "auto")
     compile = ("loss" if gpu and find_spec("triton") else "none") if args.compile == "auto" else args.compile
     if compile != "none" and not gpu and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError(f"--compile {args.compile} needs a C++ compiler, and there is no g++: install it, or set CXX")
     return argparse.Namespace(
         autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16),
-        memory_format=torch.channels_last if last else torch.contiguous_format,
+        memory_format=torch.channels_last if args.memory_format == "channels_last" else torch.contiguous_format,
         compile=compile, batched=gpu if scales == "auto" else scales == "batched")
 
 

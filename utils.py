@@ -94,8 +94,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     group.add_argument("--amp", choices=("auto", "none", "bf16"), default="auto",
                        help="networks in bfloat16, losses always in float32 (auto: on a GPU that has it)")
-    group.add_argument("--memory_format", choices=("auto", "contiguous", "channels_last"), default="auto",
-                       help="of the networks (auto: channels_last on a GPU)")
+    group.add_argument("--memory_format", choices=("contiguous", "channels_last"), default="channels_last",
+                       help="of the networks")
     group.add_argument("--compile", choices=("auto", "none", "loss", "all"), default="auto",
                        help="torch.compile: the photometric error, or the networks as well (auto: loss on a GPU)")
     group.add_argument("--sync_bn", action="store_true",
