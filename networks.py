@@ -438,7 +438,12 @@ def check_options(args: argparse.Namespace) -> None:
 def pick_device(name: str) -> torch.device:
     if re.fullmatch(r"cpu|cuda(:\d+)?", name):
         with suppress(RuntimeError, AssertionError):  # AssertionError: a torch without CUDA
-            return torch.empty(0, device=name).device
+            device = torch.empty(0, device=name).device
+            if device.type == "cpu":  # keep freed memory: the system clears each page that is asked for anew, and that
+                with suppress(OSError, AttributeError):  # takes up to a third of a step (but: a C library like glibc)
+                    mallopt = ctypes.CDLL("libc.so.6").mallopt
+                    mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            return device
     raise InputError(f"--device {name}: use cpu, cuda or cuda:N; here are {torch.cuda.device_count()} CUDA devices")
 
 
@@ -449,10 +454,6 @@ def device_choices(args: argparse.Namespace, device: torch.device) -> argparse.N
     the scales of the photometric loss go through as one batch.
     """
     gpu = device.type == "cuda"
-    if not gpu:  # freed memory stays with the process, which would have to clear every page of it again in each step
-        with suppress(OSError, AttributeError):  # another C library than glibc
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     bf16 = args.amp == "bf16" or (args.amp == "auto" and gpu and torch.cuda.is_bf16_supported(False))
     scales = getattr(args, "scales", "auto")
     compile = ("loss" if gpu and find_spec("triton") else "none") if args.compile == "auto" else args.compile
@@ -801,4 +802,4 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
     for part in ("encoder", "decoder"):
         if ": " in fit(getattr(model, part), parts[part], part, path):
             raise InputError(f"{path}: the {part}'s head does not fit its options")
-    return model.eval(), options
+    return model.to(memory_format=torch.channels_last).eval(), options

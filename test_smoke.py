@@ -772,7 +772,7 @@ def compare_with_monodepth2(height: int = 192, width: int = 640, batch: int = 2,
                             threads: int = 2) -> None:
     """Print how losses and whole steps compare with the plain formulation (README, "Speed"): ratios of medians."""
     torch.set_num_threads(threads)
-    networks.device_choices(parse(train_depth), torch.device("cpu"))
+    networks.pick_device("cpu")
     arguments = loss_arguments(height, width, batch)
     leaves = [*arguments[0], *arguments[4]]
     ours, compiled = (partial(losses.depth_loss, *arguments, mask_outside=False, compare=compare) for compare in (
@@ -820,7 +820,7 @@ def peak_memory(height: int, width: int, batch: int, plain: bool, threads: int, 
     """Put MB of resident memory that three steps take at most into a queue."""
     torch.set_num_threads(threads)
     if not plain:
-        networks.device_choices(parse(train_depth), torch.device("cpu"))
+        networks.pick_device("cpu")
     step = whole_step(height, width, batch, plain)
     for _ in range(3):
         step()
