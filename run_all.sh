@@ -257,9 +257,8 @@ camvid() {  # real video to real labels, small: stereo pairs of KITTI's drives, 
   local prefix=camvid_ main=stereo small="--batch_size 4 --num_workers 0" size="" batch=4 images mode init
   local depth="--height 64 --width 192 --steps 3000 --learning_rate 2e-4 $small"
   local flow=$depth reconstruction=$depth
-  local labels
-  for images in 64 16; do  # four times the images, twice the steps
-    labels="--height 96 --width 128 --steps $((images == 64 ? 600 : 300)) --learning_rate 5e-4 --eval_every 60 --num_workers 0"
+  local labels="--height 96 --width 128 --steps 300 --learning_rate 5e-4 --eval_every 60 --num_workers 0"
+  for images in 16 64; do
     for mode in all frozen; do
       for init in none flow reconstruction depthrand depthrand-encoder; do
         finetune $init resnet18 unet $mode $images

@@ -896,6 +896,16 @@ def test_no_step_waits_for_the_device(task):
         assert_close(half["loss"], terms["loss"], 0.03)
 
 
+def test_elu_is_pytorchs():
+    x = torch.cat([torch.linspace(-90, 90, 1001), torch.tensor([0, -1e-6, 1e-6, -torch.inf, torch.nan])])
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    values = networks.Elu.apply(ours * 1), torch.nn.functional.elu(theirs)
+    for value in values:
+        value.nansum().backward()
+    assert torch.allclose(*values, rtol=0, atol=1e-7, equal_nan=True)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
 def test_choices_for_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(networks, "find_spec", lambda name: True)
