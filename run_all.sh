@@ -254,20 +254,26 @@ release() {  # two behaviours of the authors' release: inputs normalised twice, 
 # shellcheck disable=SC2034
 camvid() {  # real video to real labels, small: stereo pairs of KITTI's drives, then 16 and 64 images of CamVid
   local data=(--data camvid --data_path "${CAMVID:-data/camvid}") video=(--data kitti --data_path "${KITTI:-data/kitti}")
-  local prefix=camvid_ main=stereo small="--batch_size 4 --num_workers 0" size="" batch=4 images mode init
+  local prefix=camvid_ main=stereo small="--batch_size 4 --num_workers 0" size="" batch=4 mode init rate
   local depth="--height 64 --width 192 --steps 3000 --learning_rate 2e-4 $small"
   local flow=$depth reconstruction=$depth
   local labels="--height 96 --width 128 --steps 300 --learning_rate 5e-4 --eval_every 60 --num_workers 0"
-  for images in 16 64; do
-    for mode in all frozen; do
-      for init in none flow reconstruction depthrand depthrand-encoder; do
-        finetune $init resnet18 unet $mode $images
-      done
-    done
+  for mode in all frozen; do
+    for init in none flow reconstruction depthrand depthrand-encoder; do finetune $init resnet18 unet $mode 16; done
   done
-  for init in none depthrand-encoder; do
+  for init in none depthrand-encoder; do  # two behaviours of the authors' release
     finetune $init resnet18 unet all 16 twice --normalize_twice
     finetune $init resnet18 unet all 16 batchnorm --freeze_batch_norm_only
+  done
+  for mode in all frozen; do  # four times the images, twice the steps
+    for init in none flow reconstruction depthrand depthrand-encoder; do
+      finetune $init resnet18 unet $mode 64 "" --steps 600 --eval_every 120
+    done
+  done
+  for rate in 2e-4 1e-3; do  # other learning rates, the same for each
+    for init in none flow reconstruction depthrand depthrand-encoder; do
+      finetune $init resnet18 unet all 16 lr$rate --learning_rate $rate
+    done
   done
 }
 
