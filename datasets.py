@@ -58,8 +58,7 @@ CITYSCAPES_COLOURS = ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 1
 CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
                   "bicyclist")
 CAMVID_COLOURS = ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-                  (192, 128, 128),
-                  (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192))
+                  (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192))
 NYU13_OF_40 = (12, 5, 6, 1, 4, 9, 10, 12, 13, 6, 8, 6, 13, 10, 6, 13, 6, 7, 7, 5,  # the 13-class id of ids 1 to 40
                7, 3, 2, 6, 11, 7, 7, 7, 7, 7, 7, 6, 7, 7, 7, 7, 7, 7, 6, 7)
 NYU_CAMERA = np.array([[518.858, 0, 325.582], [0, 519.470, 253.736], [0, 0, 1]])  # of the 640x480 colour images
@@ -487,7 +486,6 @@ class Clips(Dataset):
         if self.camera_of is not None:
             sample["camera"] = self.camera_of[index]
         return crop_and_flip(sample, self.crop, np.random.default_rng(draw)) if self.augment else sample
-
 
     def inspect(self, index: int) -> dict:
         """For `check`: "problems" (a line each), and of what is sound "size", "K", "motion" and a part of "depth"."""
@@ -2040,8 +2038,7 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labell
         jobs = [partial(render_drive, day / f"{day.name}_drive_{9001 + i}_sync", seeds[i], frames, *camera)
                 for i in range(drives)]
         jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i:], range(i, min(i + 10, labelled)),
-                         *camera)
-                 for i in range(0, labelled, 10)]
+                         *camera) for i in range(0, labelled, 10)]
         with ProcessPoolExecutor(workers, get_context("fork")) as pool:
             for _ in tqdm(pool.map(run_job, jobs), total=len(jobs), desc="rendering worlds", disable=None):
                 pass
@@ -2053,8 +2050,7 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labell
 CLIPS = {"kitti": KittiRaw, "synthetic": KittiRaw, "cityscapes": CityscapesClips, "camvid": CamVidClips,
          "nyu": NyuClips, "frames": Frames, "packed": Packed, "random": RandomClips}
 LABELLED = {"kitti": KittiSemantics, "synthetic": KittiSemantics, "cityscapes": Cityscapes, "camvid": CamVid,
-            "nyu": Nyu, "nyu13": Nyu13, "voc": Voc, "ade20k": Ade20k,
-            "random": RandomLabels}
+            "nyu": Nyu, "nyu13": Nyu13, "voc": Voc, "ade20k": Ade20k, "random": RandomLabels}
 
 
 def find_data(name: str, path: str | None, known: dict) -> tuple[type, str]:
@@ -2249,7 +2245,6 @@ def pack_command(args: argparse.Namespace) -> None:
     args.cache = args.output
     dataset = find_clips(args, args.frame_ids, args.depth)
     path = os.path.join(dataset.folder, f"clips_{','.join(args.frame_ids)}.npy")
-
     write_atomically(path, lambda file: np.save(file, dataset.clips))
     print(f"{path}: {len(dataset)} clips of {dataset.name}" + f" (left out: {dataset.dropped})" * bool(dataset.dropped))
 

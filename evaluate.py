@@ -74,8 +74,7 @@ def garg_crop(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def evaluate_depth_image(inverse_depth: np.ndarray, measured: np.ndarray, scale: float | str = "median",
-                         min_depth: float = 1e-3,
-                         max_depth: float = 80.0, crop: bool = True) -> dict[str, float]:
+                         min_depth: float = 1e-3, max_depth: float = 80.0, crop: bool = True) -> dict[str, float]:
     """Eigen protocol for one image.
 
     inverse_depth: (h, w) 1 / metres (or up to scale), of any size; measured: (H, W) metres, 0 = no measurement.
@@ -247,9 +246,9 @@ def evaluate_segmentation(model: torch.nn.Module, dataset: datasets.Labelled, de
 
 # ---------------------------------------------------------------------------------------------- colours
 
-DEPTH_COLOURS = torch.tensor([(13, 8, 35), (59, 15, 112), (114, 31, 129), (168, 46, 126), (222, 73, 104),
-                              (248, 118, 92),
-                              (254, 167, 111), (254, 211, 149), (252, 248, 196)]) / 255  # dark = far, bright = near
+DEPTH_COLOURS = torch.tensor([  # dark = far, bright = near
+    (13, 8, 35), (59, 15, 112), (114, 31, 129), (168, 46, 126), (222, 73, 104), (248, 118, 92), (254, 167, 111),
+    (254, 211, 149), (252, 248, 196)]) / 255
 
 
 def colour_values(values: torch.Tensor) -> torch.Tensor:

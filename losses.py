@@ -368,8 +368,8 @@ def reconstruction_loss(reconstructions: list[torch.Tensor], pyramid: list[torch
     """
     losses, weights = [], []
     for scale, prediction in enumerate(reconstructions):
-        mask = F.adaptive_max_pool2d(removed.float(),
-                                     prediction.shape[2:])  # a coarse pixel counts if any part of it was removed
+        # a coarse pixel counts if any part of it was removed
+        mask = F.adaptive_max_pool2d(removed.float(), prediction.shape[2:])
         error = (prediction - pyramid[scale]).abs().mean(1, keepdim=True)
         losses.append(masked_mean(error, mask))
         weights.append(1 / 2 ** scale)

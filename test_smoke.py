@@ -1371,8 +1371,8 @@ def test_a_long_index_is_not_read(tmp_path):
     first = time.perf_counter()
     assert all(data[int(index)]["frames"].shape == (2, 3, 96, 192) for index in indices)
     again, memory = time.perf_counter(), resident_memory() - before
-    print(f"{count} clips: opened in {1000 * (opened - start):.1f} ms, {5 * (first - opened):.2f} ms a clip of two frames, "
-          f"{5 * (again - first):.2f} from the page cache, {memory:.0f} MB")
+    print(f"{count} clips: opened in {1000 * (opened - start):.1f} ms, {5 * (first - opened):.2f} ms a clip of two "
+          f"frames, {5 * (again - first):.2f} from the page cache, {memory:.0f} MB")
     assert again - start < 5 and memory < 300
 
 
@@ -2286,8 +2286,8 @@ def test_two_processes_train_as_one(tmp_path, world, kind):
 def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path):
     """SIGKILL to one: the other ends with a line; the same command goes on. SIGTERM to one: both stop, saved."""
     write_frames(tmp_path / "video", range(1, 4))
-    options = frames_run(tmp_path, "--steps", 2000, "--log_every", 1, "--save_every", 1, "--name", "run", "--batch_size",
-                         2)
+    options = frames_run(tmp_path, "--steps", 2000, "--log_every", 1, "--save_every", 1, "--name", "run",
+                         "--batch_size", 2)
     started = launch_ranks("train_depth.py", options, tmp_path)
     wait_for_records(tmp_path / "runs" / "run", 2, started[0][0])
     started[1][0].kill()
@@ -2313,7 +2313,8 @@ def test_torchrun(tmp_path, world):
 
 def test_what_several_processes_refuse(tmp_path, world):
     for refused in (["--batch_size", 3], ["--sync_bn"], ["--on_bad_sample", "skip"], ["--benchmark", 2]):
-        options = ["--data", "synthetic", "--data_path", world, *SMALL, "--log_dir", tmp_path, "--device", "cpu", *refused]
+        options = ["--data", "synthetic", "--data_path", world, *SMALL, "--log_dir", tmp_path, "--device", "cpu",
+                   *refused]
         started = launch_ranks("train_seg.py", options, tmp_path)
         assert wait_for_end(started) == [2, 2]
         line, = read_text(started[0][1]).splitlines()

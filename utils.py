@@ -115,7 +115,7 @@ def join_ranks(args: argparse.Namespace) -> None:
     if world == 1:
         return
     if args.batch_size % world or args.benchmark or args.on_bad_sample == "skip":
-        raise InputError(f"{world} processes need a --batch_size that {world} divides (it is that of all together), and "
+        raise InputError(f"{world} processes need a --batch_size that {world} divides (that of all together), and "
                          "neither --benchmark nor --on_bad_sample skip")
     if args.sync_bn and args.device == "cpu":
         raise InputError("--sync_bn is for GPUs: on the CPU torch has no batch norm over several processes")
