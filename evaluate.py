@@ -833,11 +833,17 @@ def all_runs_table(runs: list[dict]) -> list[list[str]]:
 
 def describe(run: dict) -> tuple[str, str]:
     """How figures call a fine-tuning: its network and size, and what it started from."""
-    o, name = run["options"], run["result"]["pretraining"].split(" on ")[0]
+    o, name = run["options"], run["result"]["pretraining"]
     if o.get("init_parts") == "encoder" and o["init"] not in ("none", "imagenet"):
         name += ", encoder only"
     tuned = "frozen" if o["freeze_encoder"] else "all"
     return f"{o['encoder']} {o.get('arch', 'unet')}, {tuned}, {o['width']}x{o['height']}", name
+
+
+def shorten(lines: dict[str, object]) -> dict[str, object]:
+    """The same by shorter names: without what was pre-trained on, unless that tells two of them apart."""
+    short = [re.sub(r" on \S+( \(\d+ samples.*?\))?", "", name) for name in lines]
+    return {s if short.count(s) == 1 else name: value for s, (name, value) in zip(short, lines.items())}
 
 
 def draw_figures(runs: list[dict], log_dir: str) -> None:
@@ -855,8 +861,8 @@ def draw_figures(runs: list[dict], log_dir: str) -> None:
         if o["train_size"]:
             points = sizes.setdefault(network, {}).setdefault(name, {})
             points.setdefault(o["train_size"], []).append(run["result"]["miou"])
-    panels = {title: lines for title, lines in panels.items() if len(lines) > 1}
-    sizes = {title: lines for title, lines in sizes.items() if max(map(len, lines.values())) > 1}
+    panels = {title: shorten(lines) for title, lines in panels.items() if len(lines) > 1}
+    sizes = {title: shorten(lines) for title, lines in sizes.items() if max(map(len, lines.values())) > 1}
 
     def spread(values: list[float]) -> float:
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -1046,7 +1052,7 @@ def html_command(args: argparse.Namespace) -> int:
                 panels.setdefault(title, {}).setdefault(name, []).append(dict(run["curve"]))
         means = {title: {name: [(step, float(np.mean([curve[step] for curve in curves])))
                                 for step in sorted(set.intersection(*map(set, curves)))]
-                         for name, curves in sorted(lines.items())} for title, lines in panels.items()}
+                         for name, curves in sorted(shorten(lines).items())} for title, lines in panels.items()}
         charts = "".join(svg_chart(title, lines) for title, lines in means.items())
         members = [folder for folder in folders if folder.parent == parent]
         links = " · ".join(f'<a href="#{quote(folder.relative_to(base).as_posix())}">{html.escape(folder.name)}</a>'

@@ -44,7 +44,7 @@ DPT_CHANNELS = {  # by the ViT's width: of its four maps, and where they are fus
 DPT_LAYERS_HELP = "blocks that DPT sees: spread over the depth, or the last four (Depth Anything v1)"
 OPTIONS = {  # what model.pt may say, and as what
     **dict.fromkeys(("task", "supervision", "depth_loss", "data", "arch", "encoder", "dpt_layers"), str),
-    **dict.fromkeys(("height", "width"), int), **dict.fromkeys(("min_depth", "max_depth"), float),
+    **dict.fromkeys(("height", "width", "samples", "steps"), int), **dict.fromkeys(("min_depth", "max_depth"), float),
     **dict.fromkeys(("classes", "colours"), list), **dict.fromkeys(("metric", "normalize_twice"), bool)}
 POSITIONS = "encoder.encoder.pos_embedding"  # of a VitEncoder; of any grid
 FLOW_RANGE = 0.4  # flow = 0.4 * (sigmoid - 0.5) of the image size: at most a fifth of it in each direction

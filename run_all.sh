@@ -254,7 +254,7 @@ release() {  # two behaviours of the authors' release: inputs normalised twice, 
 # shellcheck disable=SC2034
 camvid() {  # real video to real labels, small: stereo pairs of KITTI's drives, then 16 and 64 images of CamVid
   local data=(--data camvid --data_path "${CAMVID:-data/camvid}") video=(--data kitti --data_path "${KITTI:-data/kitti}")
-  local prefix=camvid_ main=stereo small="--batch_size 4 --num_workers 0" size="" batch=4 mode init rate
+  local prefix=camvid_ main=stereo small="--batch_size 4 --num_workers 0" size="" batch=4 mode init rate part
   local depth="--height 64 --width 192 --steps 3000 --learning_rate 2e-4 $small"
   local flow=$depth reconstruction=$depth
   local labels="--height 96 --width 128 --steps 300 --learning_rate 5e-4 --eval_every 60 --num_workers 0"
@@ -274,6 +274,17 @@ camvid() {  # real video to real labels, small: stereo pairs of KITTI's drives, 
     for init in none flow reconstruction depthrand depthrand-encoder; do
       finetune $init resnet18 unet all 16 lr$rate --learning_rate $rate
     done
+  done
+  local video_of=("${video[@]}") depth_of=$depth
+  for part in quarter short large; do  # pre-trained on a quarter of each drive, for a quarter of the steps, at another size
+    prefix=camvid_${part}_ video=("${video_of[@]}") depth=$depth_of
+    case $part in
+      quarter) video+=(--frames 0:36) ;;
+      short) depth=${depth/3000/750} ;;
+      large) depth=${depth/--height 64 --width 192/--height 96 --width 320} ;;
+    esac
+    reconstruction=$depth
+    for init in reconstruction depthrand; do finetune $init resnet18 unet frozen 16; done
   done
 }
 

@@ -2102,12 +2102,15 @@ def test_learning_rate_drops(pretrained):
 
 
 @pytest.mark.parametrize("kind", FINE_TUNING)
-def test_fine_tuning(fine_tuned, kind):
+def test_fine_tuning(fine_tuned, pretrained, kind):
     folder = fine_tuned(kind)
     assert_run_folder(folder, 4 if kind == "all" else 2)
     result = read_json(folder, "result.json")
-    names = {"mono": "Depth-Rand (mono) on synthetic", "flow": "Flow on synthetic", None: "None"}
-    expected = names[FINE_TUNING[kind][0]]
+    source, expected = FINE_TUNING[kind][0], "None"
+    if source:
+        samples, steps = map(read_json(pretrained(source), "result.json").get, ("samples", "step"))
+        name = {"mono": "Depth-Rand (mono)", "flow": "Flow"}[source]
+        expected = f"{name} on synthetic ({samples} samples, 96x64, {steps} steps)"
     assert result["pretraining"] == expected
     assert 0 <= result["miou"] <= 100 and 0 <= result["pixel_accuracy"] <= 100 and result["cross_entropy"] > 0
     assert (
@@ -2972,6 +2975,13 @@ def test_every_cell_of_the_paper_has_a_job():
             for column, paper in zip(columns.values(), papers):
                 found = fnmatch.filter(stems, column.format(init))
                 assert len(found) <= 1 and (found or paper is None), (title, init, column)
+
+
+def test_pretrainings_of_other_lengths_are_other_rows():
+    """Figures call them by a short name where that is enough, and by all there is where it is not."""
+    once, twice = (f"Depth (mono) on kitti (288 samples, 192x64, {steps} steps), encoder only" for steps in (750, 3000))
+    assert evaluate.shorten({"None": 1, once: 2}) == {"None": 1, "Depth (mono), encoder only": 2}
+    assert evaluate.shorten({once: 1, twice: 2, "Flow on kitti": 3}) == {once: 1, twice: 2, "Flow": 3}
 
 
 def test_tables_of_real_runs(capsys, log_dir, fine_tuned):

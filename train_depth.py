@@ -297,7 +297,7 @@ def main() -> int:
     kept = ("task", "supervision", "depth_loss", "arch", "encoder", "dpt_layers", "init", "height", "width", "crop",
             "min_depth", "max_depth", "data", "seed")
     options = {key: getattr(args, key) for key in kept}
-    options["metric"] = metric
+    options |= {"metric": metric, "samples": len(dataset)}
 
     # loop
     meter, done, record, trouble = evaluate.Meter(device, exact=args.benchmark), start, {}, {}

@@ -122,7 +122,7 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 
 def name_pretraining(init: str) -> str:
-    """How the result tables call an initialisation, e.g. "Depth (stereo)"."""
+    """How the result tables call an initialisation: "Depth (stereo) on kitti (39810 samples, 640x192, 66350 steps)"."""
     if init in ("none", "imagenet"):
         return {"none": "None", "imagenet": "ImageNet"}[init]
     source, _, options = networks.read_checkpoint(init)
@@ -132,7 +132,11 @@ def name_pretraining(init: str) -> str:
     if options["task"] == "depth":  # the paper's names: Depth-Rand started from random weights, Depth from ImageNet's
         name += "-Rand" if options.get("init") == "none" else ""
         name += f" ({options['supervision']})"
-    return f"{name} on {options['data']}" if "data" in options else name
+    if "data" in options:
+        name += f" on {options['data']}"
+    if "samples" in options:
+        name += " ({samples} samples, {width}x{height}, {steps} steps)".format(**options)
+    return name
 
 
 def encode(model: torch.nn.Module, batch: dict, kept: dict | None) -> list[torch.Tensor]:
