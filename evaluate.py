@@ -842,7 +842,7 @@ def describe(run: dict) -> tuple[str, str]:
 
 def shorten(lines: dict[str, object]) -> dict[str, object]:
     """The same by shorter names: without what was pre-trained on, unless that tells two of them apart."""
-    short = [re.sub(r" on \S+( \(\d+ samples.*?\))?", "", name) for name in lines]
+    short = [re.sub(r" on \w+( \(\d+ samples.*?\))?", "", name) for name in lines]
     return {s if short.count(s) == 1 else name: value for s, (name, value) in zip(short, lines.items())}
 
 
@@ -1057,7 +1057,8 @@ def html_command(args: argparse.Namespace) -> int:
         members = [folder for folder in folders if folder.parent == parent]
         links = " · ".join(f'<a href="#{quote(folder.relative_to(base).as_posix())}">{html.escape(folder.name)}</a>'
                            for folder in members)
-        body.append(f'<div class="charts">{charts}</div><p class="quiet">{links}</p>')
+        body.append(f'<div class="charts">{charts}</div><details class="quiet"><summary>{len(members)} runs</summary>'
+                    f"{links}</details>")
         for folder in members:
             try:
                 body.append(html_of_run(folder, base))

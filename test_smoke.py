@@ -2977,11 +2977,12 @@ def test_every_cell_of_the_paper_has_a_job():
                 assert len(found) <= 1 and (found or paper is None), (title, init, column)
 
 
-def test_pretrainings_of_other_lengths_are_other_rows():
+def test_figures_tell_pretrainings_of_other_lengths_apart():
     """Figures call them by a short name where that is enough, and by all there is where it is not."""
     once, twice = (f"Depth (mono) on kitti (288 samples, 192x64, {steps} steps), encoder only" for steps in (750, 3000))
     assert evaluate.shorten({"None": 1, once: 2}) == {"None": 1, "Depth (mono), encoder only": 2}
-    assert evaluate.shorten({once: 1, twice: 2, "Flow on kitti": 3}) == {once: 1, twice: 2, "Flow": 3}
+    assert evaluate.shorten({once: 1, twice: 2, "Flow on kitti, encoder only": 3}) == {
+        once: 1, twice: 2, "Flow, encoder only": 3}
 
 
 def test_tables_of_real_runs(capsys, log_dir, fine_tuned):
