@@ -722,6 +722,7 @@ PAPER = {
                                                     ("depthrand", "Depth-Rand"))}),
 }
 
+RELEASE_OPTIONS = ("normalize_twice", "freeze_batch_norm_only")  # what the authors' release does otherwise
 # options in which the runs of one row may differ
 SAME_RUN = {"name", "seed", "split_seed", "data_path", "init", "eval_every", "no_feature_cache", *MAY_CHANGE}
 
@@ -818,7 +819,7 @@ def all_runs_table(runs: list[dict]) -> list[list[str]]:
         reached = [next((step for step, miou in run["curve"] if miou >= 0.9 * run["result"]["miou"]), o["steps"])
                    for run in members]
         place = next((i for i, first in enumerate(TABLE_ORDER) if name.startswith(first)), len(TABLE_ORDER))
-        changed = [flag for flag in ("normalize_twice", "freeze_batch_norm_only") if o.get(flag)]
+        changed = [flag for flag in RELEASE_OPTIONS if o.get(flag)]
         cells = [o["data"], " ".join([o.get("arch", "unet"), o["encoder"], *changed]), str(o["train_size"] or "all"),
                  f"{o['steps']} x {o['batch_size']}, {o['learning_rate']:g}, {o['width']}x{o['height']}",
                  "frozen" if o["freeze_encoder"] else "all", name, str(len(members)),
@@ -832,12 +833,13 @@ def all_runs_table(runs: list[dict]) -> list[list[str]]:
 
 
 def describe(run: dict) -> tuple[str, str]:
-    """How figures call a fine-tuning: its network and size, and what it started from."""
+    """How figures call a fine-tuning: its network, size and schedule, and what it started from."""
     o, name = run["options"], run["result"]["pretraining"]
     if o.get("init_parts") == "encoder" and o["init"] not in ("none", "imagenet"):
         name += ", encoder only"
-    tuned = "frozen" if o["freeze_encoder"] else "all"
-    return f"{o['encoder']} {o.get('arch', 'unet')}, {tuned}, {o['width']}x{o['height']}", name
+    tuned = ["frozen" if o["freeze_encoder"] else "all", *[flag for flag in RELEASE_OPTIONS if o.get(flag)]]
+    return (f"{o['encoder']} {o.get('arch', 'unet')}, {', '.join(tuned)}, {o['width']}x{o['height']}, "
+            f"{o['steps']} steps at {o['learning_rate']:g}"), name
 
 
 def shorten(lines: dict[str, object]) -> dict[str, object]:
@@ -882,7 +884,8 @@ def draw_figures(runs: list[dict], log_dir: str) -> None:
                 values = np.array([[dict(run["curve"])[step] for step in steps] for run in members])
                 line, = axis.plot(steps, values.mean(0), label=f"{name} ({len(members)})")
                 axis.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=line.get_color(), linewidth=0)
-            axis.set(title=title, xlabel="step", ylabel="mIoU %")
+            axis.set(xlabel="step", ylabel="mIoU %")
+            axis.set_title(title, fontsize=10)
             axis.legend(fontsize=8)
         figure.savefig(os.path.join(log_dir, "curves.png"), dpi=120)
         figure, axes = axes_grid(len(panels))
@@ -900,8 +903,8 @@ def draw_figures(runs: list[dict], log_dir: str) -> None:
                 counts = sorted(points)
                 axis.errorbar(counts, [np.mean(points[n]) for n in counts], [spread(points[n]) for n in counts],
                               label=name, capsize=3)
-            axis.set(title=title, xlabel="training images", ylabel="mIoU %", xscale="log", xticks=counts,
-                     xticklabels=counts)
+            axis.set(xlabel="training images", ylabel="mIoU %", xscale="log", xticks=counts, xticklabels=counts)
+            axis.set_title(title, fontsize=10)
             axis.minorticks_off()
             axis.legend(fontsize=8)
         figure.savefig(os.path.join(log_dir, "sizes.png"), dpi=120)

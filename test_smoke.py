@@ -2977,6 +2977,15 @@ def test_every_cell_of_the_paper_has_a_job():
                 assert len(found) <= 1 and (found or paper is None), (title, init, column)
 
 
+def test_figures_tell_schedules_apart(tmp_path):
+    """Runs at another learning rate, or as the release does it, are no further seeds of a curve."""
+    for name, changed in (("a", {}), ("b", {"learning_rate": 1e-3}), ("c", {"freeze_batch_norm_only": True})):
+        write_run(tmp_path / name, "None", 0, 40.0, **changed)
+    panels = {evaluate.describe(run)[0] for run in evaluate.read_runs(str(tmp_path))}
+    assert panels == {"resnet18 unet, all, 96x64, 100 steps at 0.0001", "resnet18 unet, all, 96x64, 100 steps at 0.001",
+                      "resnet18 unet, all, freeze_batch_norm_only, 96x64, 100 steps at 0.0001"}
+
+
 def test_figures_tell_pretrainings_of_other_lengths_apart():
     """Figures call them by a short name where that is enough, and by all there is where it is not."""
     once, twice = (f"Depth (mono) on kitti (288 samples, 192x64, {steps} steps), encoder only" for steps in (750, 3000))
