@@ -804,10 +804,7 @@ def all_runs_table(runs: list[dict]) -> list[list[str]]:
         o = run["options"]
         setting = json.dumps({k: v for k, v in o.items() if v not in (None, False) and k not in SAME_RUN
                               | {"init_parts"}}, sort_keys=True)
-        name, parts = run["result"]["pretraining"], o.get("init_parts", "all")
-        if name not in ("None", "ImageNet") and parts == "encoder":
-            name += ", encoder only"
-        groups.setdefault((setting, name), []).append(run)
+        groups.setdefault((setting, describe(run)[1]), []).append(run)
     rows = []
     for (setting, name), members in groups.items():
         o, results = members[0]["options"], [run["result"] for run in members]
@@ -833,7 +830,7 @@ def all_runs_table(runs: list[dict]) -> list[list[str]]:
 
 
 def describe(run: dict) -> tuple[str, str]:
-    """How figures call a fine-tuning: its network, size and schedule, and what it started from."""
+    """How tables and figures call a fine-tuning: its network, size and schedule, and what it started from."""
     o, name = run["options"], run["result"]["pretraining"]
     if o.get("init_parts") == "encoder" and o["init"] not in ("none", "imagenet"):
         name += ", encoder only"
@@ -856,6 +853,8 @@ def draw_figures(runs: list[dict], log_dir: str) -> None:
         raise InputError("--figures needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    pyplot.rc("axes", titlesize=10)
+    pyplot.rc("legend", fontsize=8)
     panels, sizes = {}, {}
     for run in runs:
         o, (network, name) = run["options"], describe(run)
@@ -884,17 +883,15 @@ def draw_figures(runs: list[dict], log_dir: str) -> None:
                 values = np.array([[dict(run["curve"])[step] for step in steps] for run in members])
                 line, = axis.plot(steps, values.mean(0), label=f"{name} ({len(members)})")
                 axis.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=line.get_color(), linewidth=0)
-            axis.set(xlabel="step", ylabel="mIoU %")
-            axis.set_title(title, fontsize=10)
-            axis.legend(fontsize=8)
+            axis.set(title=title, xlabel="step", ylabel="mIoU %")
+            axis.legend()
         figure.savefig(os.path.join(log_dir, "curves.png"), dpi=120)
         figure, axes = axes_grid(len(panels))
         for axis, (title, lines) in zip(axes, panels.items()):
             names = sorted(lines, reverse=True)
             values = [[run["result"]["miou"] for run in lines[name]] for name in names]
             axis.barh(names, [np.mean(v) for v in values], xerr=[spread(v) for v in values])
-            axis.set(xlabel="mIoU %")
-            axis.set_title(title, fontsize=10)
+            axis.set(title=title, xlabel="mIoU %")
         figure.savefig(os.path.join(log_dir, "bars.png"), dpi=120)
     if sizes:
         figure, axes = axes_grid(len(sizes))
@@ -903,10 +900,10 @@ def draw_figures(runs: list[dict], log_dir: str) -> None:
                 counts = sorted(points)
                 axis.errorbar(counts, [np.mean(points[n]) for n in counts], [spread(points[n]) for n in counts],
                               label=name, capsize=3)
-            axis.set(xlabel="training images", ylabel="mIoU %", xscale="log", xticks=counts, xticklabels=counts)
-            axis.set_title(title, fontsize=10)
+            axis.set(title=title, xlabel="training images", ylabel="mIoU %", xscale="log", xticks=counts,
+                     xticklabels=counts)
             axis.minorticks_off()
-            axis.legend(fontsize=8)
+            axis.legend()
         figure.savefig(os.path.join(log_dir, "sizes.png"), dpi=120)
     pyplot.close("all")
 
