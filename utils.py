@@ -32,6 +32,7 @@ class InputError(Exception):
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Call a script's main and turn its outcome into the exit codes of the README."""
+    sys.stdout.reconfigure(line_buffering=True)  # in a log, too, lines come at once and an error comes last
     try:
         sys.exit(main() or 0)
     except (InputError, OSError) as error:  # that of a loader process comes with its traceback above
