@@ -387,6 +387,18 @@ def skipped_samples(run: Run) -> dict:
     return {"skipped": {"samples": len(problems), "problems": sorted(set(problems))}} if problems else {}
 
 
+def add_loader_options(parser: argparse.ArgumentParser) -> None:
+    """Options of both training scripts about what is loaded and how."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
+    group.add_argument("--height", type=within(int, 64, 8192), default=192,
+                       help="pixels, a multiple of 32, or of a ViT's patch (paper: 192)")
+    group.add_argument("--width", type=within(int, 64, 8192), default=640, help="pixels, likewise (paper: 640)")
+    group.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes; 0 for none")
+    group.add_argument("--on_bad_sample", choices=("stop", "skip"), default="stop",
+                       help="at an image that cannot be read: stop, or take another sample and list it in result.json")
+
+
 def leave_signals(worker: int) -> None:
     """Loader processes outlive the signals that a scheduler or Ctrl-C sends to the whole group: the run ends them."""
     for each in SIGNALS:

@@ -27,7 +27,8 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from utils import InputError, Run, write_atomically
+import utils
+from utils import InputError, Run, within, write_atomically
 
 RESNETS = {"resnet18": (64, 64, 128, 256, 512), "resnet50": (64, 256, 512, 1024, 2048)}  # channels of the five features
 VITS = {f"vit_{size}{patch}": (patch, *shape) for patch in (14, 16)  # patch, blocks, heads, width
@@ -421,6 +422,15 @@ def synchronize_batch_norm(network: nn.Module | None) -> nn.Module | None:
     return network and nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """After backward: every process goes on with the gradient of the whole batch."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if utils.ranks() > 1 and gradients:
+        whole = utils.mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
 def count(parameters: list[nn.Parameter]) -> int:
     """Numbers in a list of parameters."""
     return sum(p.numel() for p in parameters)
@@ -438,6 +448,22 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- what the device decides
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Options of both training scripts that cost or save time and memory."""
+    group = parser.add_argument_group("speed")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    group.add_argument("--amp", choices=("auto", "none", "bf16"), default="auto",
+                       help="networks in bfloat16, losses always in float32 (auto: on a GPU that has it)")
+    group.add_argument("--memory_format", choices=("contiguous", "channels_last"), default="channels_last",
+                       help="of the networks")
+    group.add_argument("--compile", choices=("auto", "none", "loss", "all"), default="auto",
+                       help="torch.compile: the photometric error, or the networks as well (auto: loss on a GPU)")
+    group.add_argument("--sync_bn", action="store_true",
+                       help="under torchrun, batch norm over the whole batch (else over each GPU's share of it)")
+    group.add_argument("--benchmark", type=within(int, 1), nargs="?", const=20, metavar="STEPS",
+                       help="time so many steps after five others, print ms by part as JSON, and leave nothing behind")
+
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; on a CPU the process also keeps freed memory from here on.

@@ -22,7 +22,7 @@ import evaluate
 import losses
 import networks
 import utils
-from utils import STOPPED, InputError, Parser, Run, add_common_options, run_main, save_json, within
+from utils import STOPPED, InputError, Parser, Run, run_main, save_json, within
 
 INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
 
@@ -78,7 +78,9 @@ def parse_options() -> argparse.Namespace:
     group.add_argument("--scales", choices=("auto", "looped", "batched"), default="auto",
                        help="the photometric loss of the four scales one after the other, or as one batch, which takes "
                             "more memory (auto: batched on a GPU)")
-    add_common_options(parser)
+    datasets.add_loader_options(parser)
+    utils.add_run_options(parser)
+    networks.add_device_options(parser)
     args = parser.parse_args()
 
     stereo = "stereo" in args.supervision
@@ -319,7 +321,7 @@ def main() -> int:
         meter.lap("loss")
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        utils.average_gradients(optimizer)
+        networks.average_gradients(optimizer)
         meter.lap("backward")
         done = step + 1
         last = done == args.steps or run.stops()

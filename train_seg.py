@@ -24,7 +24,7 @@ import evaluate
 import losses
 import networks
 import utils
-from utils import STOPPED, InputError, Parser, Run, add_common_options, run_main, save_json, within
+from utils import STOPPED, InputError, Parser, Run, run_main, save_json, within
 
 FEATURES = 2 ** 32  # bytes that a frozen encoder's features of the training set may take to be kept
 CURVES = ("miou", "pixel_accuracy", "cross_entropy")  # logged at every evaluation (Figure 2)
@@ -77,7 +77,9 @@ def parse_options() -> argparse.Namespace:
                        help="poly: (1 - step / steps)^0.9 (paper: cosine; Cityscapes poly)")
     group.add_argument("--eval_every", type=within(int, 1), default=1000,
                        help="steps between evaluations (paper: 1000)")
-    add_common_options(parser)
+    datasets.add_loader_options(parser)
+    utils.add_run_options(parser)
+    networks.add_device_options(parser)
     args = parser.parse_args()
     init = args.init
     if init not in ("none", "imagenet"):
@@ -259,7 +261,7 @@ def main() -> int:
         meter.lap("loss")
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        utils.average_gradients(optimizer)
+        networks.average_gradients(optimizer)
         meter.lap("backward")
         done = step + 1
         last = done == args.steps or run.stops()

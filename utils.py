@@ -1,4 +1,4 @@
-"""What both training scripts share: common options, the run folder, several processes, signals, exit codes."""
+"""What the scripts share: the run folder and its options, several processes, signals, exit codes."""
 
 import argparse
 import atexit
@@ -71,16 +71,8 @@ def within(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
     return parse
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Options of both training scripts, grouped as --help shows them."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")
-    group.add_argument("--height", type=within(int, 64, 8192), default=192,
-                       help="pixels, a multiple of 32, or of a ViT's patch (paper: 192)")
-    group.add_argument("--width", type=within(int, 64, 8192), default=640, help="pixels, likewise (paper: 640)")
-    group.add_argument("--num_workers", type=within(int, 0, 256), default=2, help="loader processes; 0 for none")
-    group.add_argument("--on_bad_sample", choices=("stop", "skip"), default="stop",
-                       help="at an image that cannot be read: stop, or take another sample and list it in result.json")
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a run folder, of both training scripts."""
     group = parser.add_argument_group("run")
     group.add_argument("--name", help="folder below --log_dir (default: made of the options)")
     group.add_argument("--log_dir", default="runs", help="where run folders go")
@@ -91,18 +83,6 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensorboard", action="store_true", help="write what is logged for TensorBoard as well")
     group.add_argument("--log_every", type=within(int, 1), default=50, help="steps between log records")
     group.add_argument("--save_every", type=within(int, 1), default=1000, help="steps between checkpoints")
-    group = parser.add_argument_group("speed")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    group.add_argument("--amp", choices=("auto", "none", "bf16"), default="auto",
-                       help="networks in bfloat16, losses always in float32 (auto: on a GPU that has it)")
-    group.add_argument("--memory_format", choices=("contiguous", "channels_last"), default="channels_last",
-                       help="of the networks")
-    group.add_argument("--compile", choices=("auto", "none", "loss", "all"), default="auto",
-                       help="torch.compile: the photometric error, or the networks as well (auto: loss on a GPU)")
-    group.add_argument("--sync_bn", action="store_true",
-                       help="under torchrun, batch norm over the whole batch (else over each GPU's share of it)")
-    group.add_argument("--benchmark", type=within(int, 1), nargs="?", const=20, metavar="STEPS",
-                       help="time so many steps after five others, print ms by part as JSON, and leave nothing behind")
 
 
 # ---------------------------------------------------------------------------------------------- several processes
@@ -153,15 +133,6 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 def wait_for_ranks() -> None:
     mean_over_ranks(torch.zeros(()))
-
-
-def average_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """After backward: every process goes on with the gradient of the whole batch."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if ranks() > 1 and gradients:
-        whole = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
-        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
 
 
 # ---------------------------------------------------------------------------------------------- files
