@@ -5,8 +5,8 @@
     python datasets.py pack --data kitti --frame_ids 0 -1 1 s --output cache   # decode and resize once, for --cache
 
 Clips (pre-training): {"frames": (F, 3, H, W) uint8, target first, "K": (3, 3), "stereo_T"?: (4, 4), "depth"?: (1, H, W)
-metres, 0 = no measurement, "index"}. Labelled images: {"image": (3, H, W) uint8, "label": (H, W) int64 train ids,
-255 = ignore, "index"}.
+metres, 0 = no measurement, "mirrored": bool, "camera"?: its number, "index"}. Labelled images: {"image": (3, H, W)
+uint8, "label": (H, W) int64 train ids, 255 = ignore, "mirrored", "index"}.
 `to_device` makes floats in [0, 1] of the bytes, after they have crossed to the device.
 """
 
@@ -23,10 +23,10 @@ import shutil
 import signal
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import pairwise, product
 from multiprocessing import get_context
@@ -76,19 +76,6 @@ def read_bytes(path: str) -> torch.Tensor:
     return torch.from_numpy(content)
 
 
-def whole_png(content: bytes) -> bool:
-    """Whether every chunk of a PNG file is there and undamaged; torchvision's decoder crashes on one that is not."""
-    position = 8
-    while position + 12 <= len(content):
-        end = position + 12 + int.from_bytes(content[position:position + 4], "big")
-        if zlib.crc32(content[position + 4:end - 4]) != int.from_bytes(content[end - 4:end], "big"):
-            return False
-        if content[position + 4:position + 8] == b"IEND":
-            return True
-        position = end
-    return False
-
-
 def read_image(path: str) -> torch.Tensor:
     """A JPEG or PNG file as RGB, (3, H, W) uint8, turned upright as its EXIF orientation says.
 
@@ -96,17 +83,14 @@ def read_image(path: str) -> torch.Tensor:
     """
     content = read_bytes(path)
     raw = content.numpy().tobytes()
-    if raw.startswith(b"\xff\xd8"):
-        whole = raw.rfind(b"\xff\xd9") > raw.rfind(b"\xff\xda")  # ends after the last scan began
-    elif raw.startswith(b"\x89PNG\r\n\x1a\n"):
-        whole = whole_png(raw)
-    else:
+    if not raw.startswith((b"\xff\xd8", b"\x89PNG\r\n\x1a\n")):
         raise InputError(f"{path}: neither a JPEG nor a PNG file")
-    if not whole:
+    if raw.startswith(b"\xff\xd8") and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda"):  # no end after the last scan
         raise InputError(f"{path}: the image file is truncated or damaged")
     try:
         with Image.open(io.BytesIO(raw)) as header:  # refuses a size beyond Pillow's limit before anything is decoded
             alpha = header.has_transparency_data
+            header.verify()  # a PNG's checksums: torchvision's decoder crashes on a damaged file
         mode = ImageReadMode.RGB_ALPHA if alpha else ImageReadMode.RGB
         image = decode_image(content, mode=mode, apply_exif_orientation=True)
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
@@ -120,16 +104,22 @@ def read_image(path: str) -> torch.Tensor:
 
 def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
     """A PNG of one channel as it is stored, (H, W): label ids (Pillow's modes L, P) or 16-bit depth (I;16, I)."""
-    content = read_bytes(path).numpy().tobytes()
-    if not whole_png(content):  # Pillow does not compare checksums
-        raise InputError(f"{path}: not a PNG file, or a truncated or damaged one")
+    content = io.BytesIO(read_bytes(path).numpy())
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        Image.open(content, formats=["PNG"]).verify()  # its checksums, which reading does not compare
+        with Image.open(content) as image:
             if image.mode not in modes:
                 raise InputError(f"{path}: a PNG of mode {' or '.join(modes)} is expected, this one is {image.mode}")
             return np.array(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({error})") from None
+        raise InputError(f"{path}: no PNG file, or a damaged one ({error})") from None
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', 'no text file')}") from None
 
 
 def list_folder(path: str) -> list[str]:
@@ -148,16 +138,10 @@ def image_names(folder: str) -> list[str]:
 def read_calibration(path: str) -> dict[str, np.ndarray]:
     """KITTI's calibration text, `key: numbers`."""
     values = {}
-    try:
-        with open(path) as file:
-            for line in file:
-                key, _, numbers = line.partition(":")
-                try:
-                    values[key] = np.array([float(x) for x in numbers.split()])
-                except ValueError:
-                    continue  # calib_time
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', 'no text file')}") from None
+    for line in read_text(path).splitlines():
+        key, _, numbers = line.partition(":")
+        with suppress(ValueError):  # calib_time
+            values[key] = np.array([float(x) for x in numbers.split()])
     return values
 
 
@@ -182,8 +166,6 @@ def check_intrinsics(K: np.ndarray, width: int, height: int, path: str) -> None:
 
 def fov_intrinsics(width: int, height: int, fov: float) -> np.ndarray:
     """K of a camera with square pixels, a horizontal field of view in degrees and the principal point in the middle."""
-    if not 1 <= fov < 179:
-        raise InputError(f"--fov {fov}: degrees between 1 and 179 are expected")
     focal = width / 2 / math.tan(math.radians(fov) / 2)
     return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
 
@@ -245,7 +227,7 @@ def crop_and_flip(sample: dict, crop: tuple[int, int] | None, rng: np.random.Gen
 # ---------------------------------------------------------------------------------------------- batches on the device
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Move a batch, then turn image bytes into floats in [0, 1]. Which samples they are remains to be read here."""
+    """Move a batch, then turn image bytes into floats in [0, 1]. `index` and `mirrored` stay where they are read."""
     batch = {key: value if key in ("index", "mirrored") else value.to(device, non_blocking=True)
              for key, value in batch.items()}
     return {key: value.float() / 255 if value.dtype == torch.uint8 else value for key, value in batch.items()}
@@ -270,7 +252,7 @@ def color_jitter(frames: torch.Tensor, generator: torch.Generator, strength: flo
 
     frames: (B, F, 3, H, W) or (B, 3, H, W) in [0, 1]. For the networks only; losses see the unjittered frames.
     """
-    # not on the device, where asking for the chosen would wait; for the whole batch, of which this may be a share
+    # on the CPU, as selecting by a mask would wait for a GPU; for the batch of all processes, whatever their number
     draws = share(torch.rand(len(frames) * ranks(), 5, generator=generator))
     chosen = (draws[:, 0] < probability).nonzero()[:, 0]
     if len(chosen) == 0:
@@ -334,9 +316,6 @@ class StepBatches(Sampler):
             raise InputError(f"--batch_size {batch_size} is larger than the data ({size} samples)")
         self.size, self.batch_size, self.seed, self.start, self.stop = size, batch_size, seed, start, stop
 
-    def __len__(self) -> int:
-        return self.stop - self.start
-
     def __iter__(self):
         epoch, order = -1, None
         for step in range(self.start, self.stop):
@@ -399,7 +378,7 @@ def add_loader_options(parser: argparse.ArgumentParser) -> None:
                        help="at an image that cannot be read: stop, or take another sample and list it in result.json")
 
 
-def leave_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Loader processes outlive the signals that a scheduler or Ctrl-C sends to the whole group: the run ends them."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
@@ -410,21 +389,21 @@ def train_loader(dataset: Dataset, args: argparse.Namespace, start: int) -> Data
     if args.on_bad_sample == "skip":
         dataset = Forgiving(dataset)
     batches = StepBatches(len(dataset), args.batch_size, args.seed, start, args.steps)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, worker_init_fn=leave_signals,
+    return DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, worker_init_fn=ignore_signals,
                       pin_memory=args.device.startswith("cuda"))
 
 
 # ---------------------------------------------------------------------------------------------- clips for pre-training
 
 class Clips(Dataset):
-    """Targets with their source frames. Subclasses fill `samples` and may override `depth_map`.
+    """Targets with their source frames. Subclasses fill `samples`; those with depth have `depth_map`, which reads one
+    sample's "depth" entry at its native size: (h, w) in metres, 0 = no measurement.
 
     Each of `samples` is a dict: "images" (paths, target first), "K" (3x3 at native size), "K_from" (its file, for
     messages), "baseline" (metres to the stereo source, with sign; None without), "depth" (whatever `depth_map`
     understands; None without).
     """
 
-    name = "clips"
     dropped = ""  # what was left out at the start and why, for the log
     camera_of = None  # number of each sample's camera, see `find_cameras`
 
@@ -450,10 +429,6 @@ class Clips(Dataset):
         missing = ((len(samples) - len(whole), "all their source frames"), (len(whole) - len(kept), depth))
         self.dropped = ", ".join(f"{count} without {what}" for count, what in missing if count)
         return kept
-
-    def depth_map(self, depth: object) -> np.ndarray:
-        """Native-size depth (h, w) in metres, 0 = no measurement, of a sample's "depth" entry."""
-        raise NotImplementedError
 
     def depth_files(self, depth: object) -> list[str]:
         """The files that `depth_map` reads."""
@@ -593,8 +568,6 @@ CAMERAS, OTHER = {"l": "image_02", "r": "image_03"}, {"l": "r", "r": "l"}
 class KittiRaw(Clips):
     """KITTI raw: `<date>/<drive>/image_0{2,3}/data/*.{png,jpg}`, calibration per date, LiDAR as .bin or depth PNG."""
 
-    name = "kitti"
-
     def __init__(self, root: str, frame_ids: list[str], split: str | None = "train", drives: list[str] | None = None,
                  frames: tuple[int | None, int | None] = (None, None), cameras: str = "lr", with_depth: bool = False,
                  **options):
@@ -611,7 +584,7 @@ class KittiRaw(Clips):
                 paths.append(self._listing(folder, OTHER[side]).get(number))
             depth = self._depth_source(folder, number, side) if with_depth else None
             K, baseline, file = self.camera(folder[:10], side)
-            samples.append({"images": paths, "K": K, "depth": depth, "K_from": file,
+            samples.append({"images": paths, "K": K, "depth": depth, "K_from": file, "place": (folder, number, side),
                             "baseline": baseline if "s" in frame_ids else None})
         super().__init__(self.complete(samples, with_depth, "LiDAR"), with_depth=with_depth, **options)
 
@@ -658,7 +631,7 @@ class KittiRaw(Clips):
         return self.listings[key]
 
     def calibration(self, date: str) -> dict:
-        """P_rect of cameras 2 and 3 (3x4), and the velodyne's pose in the rectified camera frame (4x4), of one date."""
+        """Of one date: P_rect of both cameras (3x4) by side, the images' (height, width), R_rect_00 (4x4)."""
         if date not in self.calibrations:
             file = os.path.join(self.root, date, "calib_cam_to_cam.txt")
             values = read_calibration(file)
@@ -739,8 +712,6 @@ class Frames(Clips):
     folder above; without it, K follows from `fov`, the horizontal field of view in degrees. Measured depth is
     `depth/NAME.png`, 16 bits, metres * depth_scale.
     """
-
-    name = "frames"
 
     def __init__(self, root: str, frame_ids: list[str], drives: list[str] | None = None, frames: tuple = (None, None),
                  fov: float | None = None, depth_scale: float = 1000.0, with_depth: bool = False, **options):
@@ -879,13 +850,12 @@ class CityscapesClips(Clips):
         path = self._file("camera", city, sequence, nearest, "camera.json")
         if path not in self.cameras:
             try:
-                with open(path) as file:
-                    content = json.load(file)
+                content = json.loads(read_text(path))
                 fx, fy, u0, v0 = (float(content["intrinsic"][key]) for key in ("fx", "fy", "u0", "v0"))
                 metres = fx * float(content["extrinsic"]["baseline"])
                 if not 0 < metres < math.inf:
                     raise ValueError(f"fx * baseline is {metres}")
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path}: no camera with intrinsic fx, fy, u0, v0 and extrinsic baseline "
                                  f"({type(error).__name__} {error})") from None
             self.cameras[path] = np.array([[fx, 0, u0], [0, fy, v0], [0, 0, 1]]), path, metres
@@ -995,7 +965,7 @@ def append_rows(dataset: Clips, folder: str, sources: dict, missing: dict[str, d
                 keys = list(items)
                 for start in range(0, len(keys), 64):
                     some = keys[start:start + 64]
-                    results = pool.map(functools.partial(attempt, kind), [items[key][1] for key in some])
+                    results = pool.map(partial(attempt, kind), [items[key][1] for key in some])
                     for key, (pixels, note) in zip(some, results):
                         sources[kind][key] = [items[key][0], -1 if pixels is None else row, *note]
                         if pixels is not None:
@@ -1140,9 +1110,15 @@ class RandomClips(Clips):
 
     name = "random noise"
 
-    def __init__(self, root: str, frame_ids: list[str], drives: None = None, frames: tuple = (None, None), **options):
+    def __init__(self, root: str, frame_ids: list[str], drives: None = None, frames: tuple = (None, None),
+                 min_motion: float = 0, **options):
+        if drives or min_motion or tuple(frames) != (None, None):
+            raise InputError("--drives, --frames and --min_motion: --data random has no files to choose from")
         super().__init__(range(1000), **options)
         self.shape, self.stereo = (len(frame_ids), 3, *self.size), "s" in frame_ids
+
+    def targets(self) -> list[str]:
+        raise InputError("--intrinsics learned: --data random has no camera")
 
     def read(self, index: int) -> dict:
         rng = np.random.default_rng(index)
@@ -1167,10 +1143,6 @@ def lookup_table(ids: dict[int, int]) -> np.ndarray:
 
 CITYSCAPES_TABLE = lookup_table({**dict.fromkeys((*range(34), 255), IGNORE),
                                  **{raw: train for train, raw in enumerate(CITYSCAPES_IDS)}})
-VOC_TABLE = lookup_table({**{i: i for i in range(21)}, 255: IGNORE})
-NYU_TABLE = lookup_table({0: IGNORE, **{i + 1: i for i in range(40)}})
-NYU13_TABLE = lookup_table({0: IGNORE, **{i + 1: thirteen - 1 for i, thirteen in enumerate(NYU13_OF_40)}})
-ADE20K_TABLE = lookup_table({0: IGNORE, **{i + 1: i for i in range(150)}})
 CAMVID_TABLE = lookup_table({**{i: i for i in range(11)}, 11: IGNORE})
 
 
@@ -1301,11 +1273,7 @@ def draw_training_set(pool: list, train_size: int | None, split_seed: int) -> li
 
 def read_names(path: str) -> list[str]:
     """The images that a split file lists: the first word of each line, without folder and extension."""
-    try:
-        with open(path) as file:
-            words = [line.split()[0] for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', 'no text file')}") from None
+    words = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
     return [os.path.splitext(os.path.basename(word))[0] for word in words]
 
 
@@ -1362,7 +1330,8 @@ class Voc(Labelled):
     `train`), evaluation on `val`, which are lists in ImageSets/Segmentation. SBD's labels: PNG, SegmentationClassAug.
     """
 
-    classes, colours, table = class_names("voc"), palette(range(21)), VOC_TABLE
+    classes, colours = class_names("voc"), palette(range(21))
+    table = lookup_table({**{i: i for i in range(21)}, 255: IGNORE})
 
     def __init__(self, root: str, split: str, **options):
         inner = os.path.join(root, "VOCdevkit", "VOC2012")
@@ -1380,7 +1349,8 @@ class Ade20k(Labelled):
     evaluation on `validation`.
     """
 
-    classes, colours, table = class_names("ade20k"), palette(range(1, 151)), ADE20K_TABLE
+    classes, colours = class_names("ade20k"), palette(range(1, 151))
+    table = lookup_table({0: IGNORE, **{i + 1: i for i in range(150)}})
 
     def __init__(self, root: str, split: str, **options):
         folder = {"train": "training", "val": "validation"}[split]
@@ -1393,7 +1363,8 @@ class Nyu(Labelled):
     `train.txt` and `test.txt`; `python datasets.py unpack` writes them from the published .mat files.
     """
 
-    classes, colours, table = class_names("nyu"), palette(range(1, 41)), NYU_TABLE
+    classes, colours = class_names("nyu"), palette(range(1, 41))
+    table = lookup_table({0: IGNORE, **{i + 1: i for i in range(40)}})
 
     def __init__(self, root: str, split: str, **options):
         names = os.path.join(root, {"train": "train.txt", "val": "test.txt"}[split])
@@ -1406,7 +1377,8 @@ class Nyu(Labelled):
 class Nyu13(Nyu):
     """The same images and labels with 13 classes."""
 
-    classes, colours, table = class_names("nyu13"), palette(range(1, 14)), NYU13_TABLE
+    classes, colours = class_names("nyu13"), palette(range(1, 14))
+    table = lookup_table({0: IGNORE, **{i + 1: thirteen - 1 for i, thirteen in enumerate(NYU13_OF_40)}})
 
 
 def unpack_nyu(root: str) -> None:
@@ -1728,21 +1700,6 @@ class StreetWorld:
         image = np.rint(255 * np.clip(colour, 0, 1) ** (1 / 2.2)).astype(np.uint8).transpose(1, 2, 0)
         return dict(zip(("depth", "label", "solid"), (v[1::2, :-1] for v in per_pixel)), image=image)
 
-    def flow(self, view: dict[str, np.ndarray], pose: np.ndarray, time: float, other_pose: np.ndarray,
-             other_time: float, K: np.ndarray) -> np.ndarray:
-        """Displacement (H, W, 2) in pixels of every pixel of a rendered view towards another pose and time."""
-        v, u = np.indices(view["depth"].shape)
-        rays = np.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones(u.shape)], -1) @ pose[:3, :3].T
-        sky, things = np.isinf(view["depth"])[..., None], view["solid"] >= 0
-        points = rays * np.where(sky, 1, view["depth"][..., None]) + pose[:3, 3]
-        anchor = self.anchor[view["solid"][things]]
-        (rotations, origins), (new_rotations, new_origins) = self.frames(time), self.frames(other_time)
-        motion = new_rotations @ rotations.transpose(0, 2, 1)
-        points[things] = np.einsum("nij,nj->ni", motion[anchor], points[things] - origins[anchor]) + new_origins[anchor]
-        seen = np.where(sky, rays, points - other_pose[:3, 3]) @ other_pose[:3, :3]  # the sky is infinitely far
-        pixel = seen[..., :2] / seen[..., 2:] * [K[0, 0], K[1, 1]] + K[:2, 2]
-        return (pixel - np.stack([u, v], -1)).astype(np.float32)
-
     def _trace(self, pose: np.ndarray, time: float, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
         """Linear colour, depth, label and solid (-1 for ground and sky) on a grid of rays (x, y, 1)."""
         depth, solid, face = self._cast(pose, time, x, y)
@@ -1985,7 +1942,7 @@ def lidar_scan(depth: np.ndarray, K: np.ndarray) -> np.ndarray:
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
-    """Write an 8-bit PNG, and the folders above it."""
+    """Write a PNG, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, compress_level=1)
 
@@ -2024,11 +1981,6 @@ def render_labelled(folder: Path, seeds: range, numbers: range, K: np.ndarray, h
         save_image(folder / "semantic" / f"{number:06d}_10.png", view["label"])
 
 
-def run_job(job: partial) -> None:
-    """Call a job (a named function, as a pool of processes needs one)."""
-    job()
-
-
 def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labelled: int = 200, height: int = 128,
                      width: int = 416, seed: int = 0, workers: int = 2) -> None:
     """Write the data set to `root`, which must not exist yet and appears only once everything is rendered.
@@ -2052,8 +2004,8 @@ def render_synthetic(root: str | Path, drives: int = 8, frames: int = 24, labell
         jobs += [partial(render_labelled, unfinished / "training", seeds[500 + i:], range(i, min(i + 10, labelled)),
                          *camera) for i in range(0, labelled, 10)]
         with ProcessPoolExecutor(workers, get_context("fork")) as pool:
-            for _ in tqdm(pool.map(run_job, jobs), total=len(jobs), desc="rendering worlds", disable=None):
-                pass
+            for done in tqdm([pool.submit(job) for job in jobs], desc="rendering worlds", disable=None):
+                done.result()
         unfinished.rename(root)
 
 
@@ -2086,7 +2038,7 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("clips")
     group.add_argument("--data", default="synthetic", help=f"one of {', '.join(CLIPS)}")
     group.add_argument("--frames", type=parse_range, default=(None, None), metavar="A:B",
-                       help="of each drive or folder only frames A to B - 1")
+                       help="of each drive or folder only frames A to B - 1 (KITTI: by number; else counted from 0)")
     group.add_argument("--drives", nargs="+", metavar="NAME", help="only these drives or folders, not the split's")
     group.add_argument("--min_motion", type=within(float, 0, 255), default=0, metavar="X",
                        help="leave out targets that differ from a source frame by less than X on average, of 255 "
@@ -2105,6 +2057,8 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
                **options) -> Clips:
     """The clips that the options ask for; frame_ids: the target's "0", the sources' offsets, "s" the other camera."""
     cls, root = find_data(args.data, args.data_path, CLIPS)
+    if args.cache and cls in (Packed, RandomClips):
+        raise InputError(f"--data {args.data} has no images to pack")
     if issubclass(cls, Frames):
         options |= {"fov": args.fov or fov, "depth_scale": args.depth_scale}
     dataset = cls(root, frame_ids, drives=args.drives, frames=tuple(args.frames), with_depth=with_depth,
@@ -2113,7 +2067,7 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
 
 
 def parse_range(text: str) -> tuple[int | None, int | None]:
-    """"A:B" -> (A, B), either may be missing."""
+    """From "A:B" (A, B); either may be missing."""
     match = re.fullmatch(r"(\d{0,9}):(\d{0,9})", text)
     start, stop = (int(part) if part else None for part in match.groups()) if match else (0, 0)
     if stop is not None and (start or 0) >= stop:
@@ -2216,8 +2170,8 @@ def contact_sheet(tiles: list[tuple[str, torch.Tensor]], title: str, legend: lis
 def check_command(args: argparse.Namespace) -> int:
     """Walk a data set before a run; exit code 2 when something is broken, all of which is listed."""
     cls, root = find_data(args.data, args.data_path, LABELLED if args.labels else CLIPS)
-    if cls is Packed or args.cache:
-        raise InputError("--data packed and --cache: check the files before they are packed")
+    if cls in (Packed, RandomClips) or args.cache:
+        raise InputError("--data packed, --data random and --cache: check the files before they are packed")
     makers = {split: partial(cls, root, split, height=64, width=64) for split in ("train", "val")}
     if not args.labels:
         makers = {"clips": partial(find_clips, args, [str(f) for f in args.frame_ids], args.depth, fov=60.0)}
@@ -2245,11 +2199,6 @@ def check_command(args: argparse.Namespace) -> int:
         print(f"error: {problem}", file=sys.stderr)
     print(f"broken: {len(problems)}" if problems else "everything can be read")
     return 2 if problems else 0
-
-
-def render_command(args: argparse.Namespace) -> None:
-    render_synthetic(args.data_path, args.drives, args.frames, args.labelled, args.height, args.width, args.seed,
-                     args.workers)
 
 
 def pack_command(args: argparse.Namespace) -> None:
@@ -2289,7 +2238,8 @@ def main() -> int:
     render.add_argument("--width", type=within(int, 32, 8192), default=416)
     render.add_argument("--seed", type=within(int, 0), default=0)
     render.add_argument("--workers", type=within(int, 1, 256), default=2, help="processes")
-    render.set_defaults(run=render_command)
+    render.set_defaults(run=lambda args: render_synthetic(
+        args.data_path, args.drives, args.frames, args.labelled, args.height, args.width, args.seed, args.workers))
     check = commands.add_parser("check", help="walk a data set before a run: what is there, and what is broken")
     add_clip_options(check)
     check.add_argument("--data_path", help="root folder of the data set (default: data/<name of the data set>)")

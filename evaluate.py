@@ -268,15 +268,6 @@ def colour_depth(depth: torch.Tensor) -> torch.Tensor:
     return colour_values((inverse[:, 0] - low) / (high - low).clamp(min=1e-9))
 
 
-def colour_flow(flow: torch.Tensor) -> torch.Tensor:
-    """Flow (B, 2, H, W) as colours: hue is direction, saturation is length relative to the longest."""
-    length = flow.norm(dim=1)
-    saturation = (length / length.flatten(1).amax(1).view(-1, 1, 1).clamp(min=1e-9)).clamp(0, 1)
-    hue = torch.atan2(flow[:, 1], flow[:, 0]) / (2 * torch.pi)
-    red = torch.stack([torch.ones_like(hue), 1 - saturation, 1 - saturation], 1)
-    return datasets.shift_hue(red, hue)
-
-
 def colour_labels(label: torch.Tensor, colours: tuple) -> torch.Tensor:
     """Train ids (B, H, W) as colours (B, 3, H, W); ignored pixels black."""
     table = torch.zeros(256, 3)
@@ -311,16 +302,20 @@ def tensorboard(folder: str, step: int = 0) -> Callable[[dict], None]:
 # ---------------------------------------------------------------------------------------------- of a training
 
 class Meter:
-    """Means of loss terms, and where the time went, between two log records; no step waits for a number of them."""
+    """Means of loss terms, and where the time went, between two log records; adding to them does not wait for a GPU."""
 
     def __init__(self, device: torch.device, exact: bool = False):
         self.wait = exact and device.type == "cuda"  # only a benchmark has the GPU finish one part before the next
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, at a record or after what was no step."""
         self.sums, self.steps, self.seconds, self.start = {}, 0, dict.fromkeys(PARTS, 0.0), time.perf_counter()
         self.last = self.start
+
+    def skip(self) -> None:
+        """The time since the last lap was no step's."""
+        now = time.perf_counter()
+        self.start, self.last = self.start + now - self.last, now
 
     def lap(self, part: str | None = None) -> None:
         """The time since the last call was for this part of a step, one of PARTS, or for none of them."""
@@ -368,7 +363,7 @@ def print_benchmark(meter: Meter, args: argparse.Namespace, device: torch.device
 
 # ---------------------------------------------------------------------------------------------- sub-commands
 
-def test_clips(args: argparse.Namespace, frames: tuple, height: int, width: int) -> datasets.KittiRaw:
+def depth_test_set(args: argparse.Namespace, frames: tuple, height: int, width: int) -> datasets.KittiRaw:
     """Left-camera test frames with ground truth: the Eigen test split, or the frames asked for."""
     cls, root = datasets.find_data(args.data, args.data_path, datasets.CLIPS)
     if args.baseline and args.train_frames == (None, None):
@@ -385,11 +380,9 @@ def ground_truth(dataset: datasets.KittiRaw, kind: str, exact: bool) -> tuple[st
     exact: the data set is ours, so the published protocol's quirks have no place.
     """
     raw = []
-    for sample in dataset.samples:
-        image = sample["images"][0]
-        folder = os.path.relpath(os.path.dirname(os.path.dirname(os.path.dirname(image))), dataset.root)
-        points = dataset.velodyne_file(folder, int(os.path.splitext(os.path.basename(image))[0]))
-        raw.append(points and ("velodyne", points, folder, "l", True))
+    for folder, number, side in (sample["place"] for sample in dataset.samples):
+        points = dataset.velodyne_file(folder, number)
+        raw.append(points and ("velodyne", points, folder, side, True))
     if kind == "z" or (kind == "auto" and (exact or None in raw)):
         return "z", [sample["depth"] for sample in dataset.samples]
     if None in raw:
@@ -404,21 +397,19 @@ def depth_command(args: argparse.Namespace) -> int:
     if args.min_eval >= args.max_eval:
         raise InputError(f"--min_eval {args.min_eval:g} is not below --max_eval {args.max_eval:g}")
     if args.baseline:
-        dataset = test_clips(args, args.frames, 32, 32)
-        training = test_clips(args, args.train_frames, 32, 32)
+        dataset = depth_test_set(args, args.frames, 32, 32)
+        training = depth_test_set(args, args.train_frames, 32, 32)
         shape = dataset.depth_map(dataset.samples[0]["depth"]).shape
         maps = [training.depth_map(s["depth"]) for s in training.samples]
-        picture = constant_depth([m for m in maps if m.shape == shape])
+        maps = [m for m in maps if m.shape == shape]
+        picture = constant_depth(maps)
         scale, what = args.scale or 1.0, f"constant picture, median of {len(maps)} frames"
 
         def inverse_depth(sample: dict) -> np.ndarray:
             return 1 / picture
     else:
-        model, options = networks.load_model(args.weights)
-        if options["task"] != "depth":
-            raise InputError(f"{args.weights} was trained for {options['task']}, not for depth")
-        model.to(device)
-        dataset = test_clips(args, args.frames, options["height"], options["width"])
+        model, options = networks.load_model(args.weights, device, "depth")
+        dataset = depth_test_set(args, args.frames, options["height"], options["width"])
         default = STEREO_SCALE if options.get("use_stereo") else 1.0 if options.get("metric") else "median"
         if options.get("depth_loss") == "affine":
             default = "affine"
@@ -460,16 +451,14 @@ def depth_command(args: argparse.Namespace) -> int:
 
 def seg_command(args: argparse.Namespace) -> int:
     device = networks.pick_device(args.device)
-    model, options = networks.load_model(args.weights)
-    if options["task"] != "segmentation":
-        raise InputError(f"{args.weights} was trained for {options['task']}, not for segmentation")
+    model, options = networks.load_model(args.weights, device, "segmentation")
     cls, root = datasets.find_data(args.data or options["data"], args.data_path, datasets.LABELLED)
     dataset = cls(root, "val", height=options["height"], width=options["width"])
     if list(dataset.classes) != list(options["classes"]):
         raise InputError(f"{args.weights} knows the classes {', '.join(options['classes'])}; {args.data} has others")
     mode = args.eval_mode or options.get("eval_mode", "whole")
     window = (options.get("crop") or dataset.size) if mode == "slide" else None
-    scores = evaluate_segmentation(model.to(device), dataset, device, window=window, flip=args.flip)
+    scores = evaluate_segmentation(model, dataset, device, window=window, flip=args.flip)
     release = f", the release's 7-class mIoU {scores['release_miou']:.2f} %" if "release_miou" in scores else ""
     print(f"{args.weights}: {len(dataset)} images, mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} "
           f"%, {scores['cross_entropy']:.3f} nats per pixel{release}")
@@ -533,7 +522,7 @@ def list_images(paths: list[str]) -> list[str]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            names = [n for n in datasets.list_folder(path) if n.lower().endswith(datasets.IMAGE_EXTENSIONS)]
+            names = datasets.image_names(path)
             if not names:
                 raise InputError(f"{path}: no images there")
             found += [os.path.join(path, n) for n in sorted(names, key=datasets.natural_key)]
@@ -544,8 +533,7 @@ def list_images(paths: list[str]) -> list[str]:
 
 def predict_command(args: argparse.Namespace) -> int:
     device = networks.pick_device(args.device)
-    model, options = networks.load_model(args.weights)
-    model.to(device)
+    model, options = networks.load_model(args.weights, device)
     paths, written = list_images(args.images), set()
     os.makedirs(args.output, exist_ok=True)
     for path in tqdm(paths, desc="predict", disable=None):
@@ -584,8 +572,7 @@ def grid_command(args: argparse.Namespace) -> int:
     if labels:
         columns.append([resize(label, shape, antialias=True) for label in labels])
     for path in args.weights:
-        model, options = networks.load_model(path)
-        model.to(device)
+        model, options = networks.load_model(path, device)
         columns.append([resize(draw(model, options, image), shape, antialias=True) for image in images])
     to_picture(torch.cat([torch.cat(column, 1) for column in columns], 2)).save(args.output)
     print(f"{len(images)} images, {len(args.weights)} models -> {args.output}")
@@ -786,8 +773,7 @@ def paper_tables(runs: list[dict]) -> list[str]:
                 cells[-1].append(f"{ours} [{theirs}]" if theirs else ours)
         if found:
             lines += ["", f"**{title}** (mIoU / P.Acc in %; in brackets the paper's)", "",
-                      f"| pre-training | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-            lines += [f"| {' | '.join(row)} |" for row in cells]
+                      *markdown([["pre-training", *columns], *cells])]
         else:
             empty.append(title.split(":")[0])
     return [*lines, "", f"No runs of: {', '.join(empty)}"] if lines and empty else lines
@@ -823,10 +809,10 @@ def all_runs_table(runs: list[dict]) -> list[list[str]]:
                  mean_deviation([r["miou"] for r in results], 2), versus.replace(" (p nan)", ""),
                  mean_deviation([r["pixel_accuracy"] for r in results], 2),
                  mean_deviation([r["cross_entropy"] for r in results], 3), f"{np.mean(reached):.0f}"]
-        rows.append((cells[:5], place, cells))
+        rows.append((cells[:2], o["train_size"] or math.inf, cells[3:5], place, cells))
     header = ["data", "network", "images", "steps x batch, rate, size", "fine-tuned", "pre-training", "runs", "mIoU %",
               "against None", "P.Acc %", "nats / pixel", "90 % at"]
-    return [header, *[cells for _, _, cells in sorted(rows)]]
+    return [header, *[row[-1] for row in sorted(rows)]]
 
 
 def describe(run: dict) -> tuple[str, str]:

@@ -22,7 +22,7 @@ C1, C2 = 0.01 ** 2, 0.03 ** 2
 
 
 def constant(like: torch.Tensor, *values: float) -> torch.Tensor:
-    """A vector on the device of `like`, made there: to copy numbers to a GPU is to wait for it."""
+    """A small vector filled on the device of `like`: copying it there would make the CPU wait for a GPU."""
     return torch.stack([like.new_full((), value) for value in values])
 
 
@@ -78,20 +78,17 @@ def pixel_rays(K: torch.Tensor, T: torch.Tensor, height: int, width: int) -> tup
     return rays.view(-1, 3, height, width), (K @ T[:, :3, 3:])[..., None]
 
 
-def follow(depth: torch.Tensor, rays: torch.Tensor, origin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`project` along `pixel_rays`."""
+def project(depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor,
+            rays: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each target pixel lands in the source view; rays: `pixel_rays` of K and T where they are at hand.
+
+    Returns pixel coordinates (B, H, W, 2), x then y, and the points' depth z in the source camera (B, 1, H, W).
+    """
+    rays, origin = rays or pixel_rays(K, T, *depth.shape[2:])
     points, z = torch.addcmul(origin, depth, rays).split((2, 1), 1)
     divisor = z + 1e-7
     divisor = divisor + (divisor == 0)  # infinities would turn the gradient of grid_sample into NaN
     return (points / divisor).permute(0, 2, 3, 1), z
-
-
-def project(depth: torch.Tensor, K: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each target pixel lands in the source view.
-
-    Returns pixel coordinates (B, H, W, 2), x then y, and the points' depth z in the source camera (B, 1, H, W).
-    """
-    return follow(depth, *pixel_rays(K, T, *depth.shape[2:]))
 
 
 def sample(image: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,9 +106,8 @@ def synthesize(source: torch.Tensor, depth: torch.Tensor, K: torch.Tensor, T: to
     """View synthesis: the target view painted with the source's colours, (B, 3, H, W).
 
     Also returns where that colour means something (B, 1, H, W) bool: in front of the source camera and in its image.
-    rays: `pixel_rays` of K and T where they are at hand.
     """
-    pixels, z = follow(depth, *(rays or pixel_rays(K, T, *depth.shape[2:])))
+    pixels, z = project(depth, K, T, rays)
     warped, inside = sample(source, pixels)
     return warped, inside & (z > 0)
 
@@ -151,6 +147,7 @@ class SsimError(torch.autograd.Function):
         by_contrast = luminance * inverse  # d ssim / d contrast
         ssim = by_contrast * contrast
         if ctx.needs_input_grad[0]:
+            # half of d ssim / d mean(x), d mean(x^2) and d mean(x y)
             by_mean = (contrast - luminance).mul_(mean_y).addcmul_((variances - means).mul_(ssim), mean_x, value=-1)
             ctx.save_for_backward(padded, target, by_mean.mul_(inverse), ssim / variances, by_contrast)
         return ssim.mul_(-0.5).add_(0.5).clamp_(0, 1)
@@ -165,7 +162,7 @@ class SsimError(torch.autograd.Function):
         total[:, :, -3] += total[:, :, -1]
         total[..., 2] += total[..., 0]
         total[..., -3] += total[..., -1]
-        return total[:, :, 1:-1, 1:-1] / -9, None, None, None  # d error = - d ssim / 2; every term above is half
+        return total[:, :, 1:-1, 1:-1] / -9, None, None, None  # error = (1 - ssim) / 2; a window averages nine
 
 
 def ssim_error(prediction: torch.Tensor, target_statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -185,12 +182,8 @@ def photometric_error(prediction: torch.Tensor, target: torch.Tensor, target_sta
 
 def smoothness(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """Edge-aware first-order smoothness: gradients of `values` (B, C, H, W), damped where the image has edges."""
-    def edge_weight(difference: torch.Tensor) -> torch.Tensor:
-        return (-difference.abs().mean(1, keepdim=True)).exp()
-
-    dx = (values[..., :-1] - values[..., 1:]).abs() * edge_weight(image[..., :-1] - image[..., 1:])
-    dy = (values[:, :, :-1] - values[:, :, 1:]).abs() * edge_weight(image[:, :, :-1] - image[:, :, 1:])
-    return dx.mean() + dy.mean()
+    return sum((values.diff(dim=d).abs() * (-image.diff(dim=d).abs().mean(1, keepdim=True)).exp()).mean()
+               for d in (3, 2))
 
 
 def disparity_smoothness(disparity: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -229,11 +222,17 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
     """
     target, B = pyramid[0], len(pyramid[0])
     statistics = local_statistics(target)
-    reduce = (lambda errors: torch.cat(errors, 1).amin(1, keepdim=True)) if minimum else \
-             (lambda errors: torch.cat(errors, 1).mean(1, keepdim=True))
+
+    def reduce(errors: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:  # both (B, sources, H, W)
+        if minimum:
+            return errors.masked_fill(~seen, torch.inf).amin(1, keepdim=True)
+        return (errors * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
+
+    identity = torch.zeros_like(target[:, :1])
     if automask:  # the same at every scale: computed once, without gradients
         with torch.no_grad():
-            identity = reduce([compare(source, target, statistics, ssim) for source in sources])
+            unmoved = torch.cat([compare(source, target, statistics, ssim) for source in sources], 1)
+            identity = reduce(unmoved, torch.ones_like(unmoved, dtype=torch.bool))
     rays = [pixel_rays(K, T, *target.shape[2:]) for T in poses]  # as are these
     full = [upsample(disparity, target.shape[2:]) for disparity in disparities]
     if batched:
@@ -241,29 +240,18 @@ def depth_loss(disparities: list[torch.Tensor], pyramid: list[torch.Tensor], sou
             return [x.repeat(len(disparities), 1, 1, 1) for x in maps]
 
         full, sources, statistics = [torch.cat(full)], repeated(sources), repeated(statistics)
-        rays, (target, identity) = [repeated(r) for r in rays], repeated((target, identity if automask else target))
+        rays, (target, identity) = [repeated(r) for r in rays], repeated((target, identity))
 
     photometric, views = [], {}
     for disparity in full:
         depth = disparity_to_depth(disparity, min_depth, max_depth)
         warped, valid = zip(*[synthesize(*view) for view in zip(sources, repeat(depth), repeat(K), poses, rays)])
-        errors = [compare(view, target, statistics, ssim) for view in warped]
-        if mask_outside:
-            seen = torch.cat(valid, 1)  # (B, sources, H, W)
-            stacked = torch.cat(errors, 1)
-            if minimum:
-                error = stacked.masked_fill(~seen, float("inf")).amin(1, keepdim=True)
-            else:
-                error = (stacked * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
-            trains = seen.any(1, keepdim=True)
-        else:
-            error = reduce(errors)
-            trains = torch.ones_like(error, dtype=torch.bool)
+        errors = torch.cat([compare(view, target, statistics, ssim) for view in warped], 1)
+        seen = torch.cat(valid, 1) | (not mask_outside)
+        error, trains = reduce(errors, seen), seen.any(1, keepdim=True)
         if automask:
             trains = trains & (error < identity)
-            error = torch.where(trains, error, identity)
-        else:
-            error = torch.where(trains, error, torch.zeros_like(error))
+        error = torch.where(trains, error, identity)
         photometric.append(error.mean())
         if not views:  # the finest scale
             views = {"depth": depth[:B].detach(), "warped": torch.stack(warped, 1)[:B].detach(), "mask": trains[:B]}

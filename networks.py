@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import zipfile
+from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -95,10 +96,9 @@ class VitEncoder(nn.Module):
         self.channels = (width * (1 + readout),) * len(layers)
         self.encoder = torchvision.models.VisionTransformer(224, self.stride, blocks, heads, width, 4 * width)
         del self.encoder.heads
-        self.encoder.encoder.ln.requires_grad_(not readout)  # kept for whoever takes the encoder, but unused
+        self.encoder.encoder.ln.requires_grad_(not readout)  # DPT reads before it; other heads, after
         self.register_buffer("mean", IMAGENET_MEAN, persistent=False)
         self.register_buffer("std", IMAGENET_STD, persistent=False)
-        self.register_load_state_dict_pre_hook(adopt_positions)
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
         """Position embeddings (1, 1 + rows * columns, width), interpolated from the grid they were trained on."""
@@ -127,26 +127,13 @@ class VitEncoder(nn.Module):
         return features
 
 
-def adopt_positions(encoder: VitEncoder, state: dict, prefix: str, *_: object) -> None:
-    """Before loading: room for position embeddings on the checkpoint's own grid."""
-    if prefix + POSITIONS in state:
-        table = encoder.encoder.encoder.pos_embedding
-        table.data = table.new_empty(state[prefix + POSITIONS].shape)
-
-
-class Conv3x3(nn.Module):
-    """3x3 convolution with reflection padding."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x)
+def conv3x3(in_channels: int, out_channels: int) -> nn.Sequential:
+    """3x3 convolution with reflection padding, under Monodepth2's parameter names."""
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")))
 
 
 class Elu(torch.autograd.Function):
-    """`F.elu` in place, from exp and not, as PyTorch's, from expm1, which takes most of its time on a CPU.
+    """`F.elu` in place and through exp; PyTorch's goes through expm1, which takes most of its time on a CPU.
 
     For float32, where near zero it differs by less than 1e-7.
     """
@@ -168,7 +155,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = Conv3x3(in_channels, out_channels)
+        self.conv = conv3x3(in_channels, out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
@@ -192,7 +179,7 @@ class DepthDecoder(nn.Module):
             skip = encoder_channels[level - 1] if level > 0 else 0
             blocks += [ConvBlock(below, DECODER_CHANNELS[level]),
                        ConvBlock(DECODER_CHANNELS[level] + skip, DECODER_CHANNELS[level])]
-        heads = [Conv3x3(DECODER_CHANNELS[scale], channels) for scale in self.scales]
+        heads = [conv3x3(DECODER_CHANNELS[scale], channels) for scale in self.scales]
         self.decoder = nn.ModuleList(blocks + heads)
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -364,9 +351,9 @@ class Intrinsics(nn.Module):
         """K (B, 3, 3), as the data set gives it, of maybe cropped and mirrored images (B,) of cameras (B,), corrected.
 
         A crop keeps focal lengths and moves the principal point, a mirror image turns its way around: what is learned
-        changes both by the same amount as in the whole image. Also returns the unit (B, 3) of what a pose network says
-        of turning about and moving along x, y and z: with x and y per focal length, that is in pixels, the focal length
-        may change without undoing what the pose has learned.
+        changes both by the same amount as in the whole image. Also returns factors (B, 3) for what a pose network says
+        of turning about and moving along x, y and z: those of x and y are divided by the change in focal length, so
+        that motion in pixels, which the network has learned, stays the same when the focal length changes.
         """
         change = (self.cameras() - self.given)[camera]
         sign = torch.ones_like(K)
@@ -417,11 +404,6 @@ def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,)
     return model
 
 
-def synchronize_batch_norm(network: nn.Module | None) -> nn.Module | None:
-    """Batch norm over the batch of all processes, not over each one's share."""
-    return network and nn.SyncBatchNorm.convert_sync_batchnorm(network)
-
-
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """After backward: every process goes on with the gradient of the whole batch."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -429,11 +411,6 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
         whole = utils.mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
         for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients])):
             gradient.copy_(part.view_as(gradient))
-
-
-def count(parameters: list[nn.Parameter]) -> int:
-    """Numbers in a list of parameters."""
-    return sum(p.numel() for p in parameters)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -760,9 +737,10 @@ def fit(module: nn.Module, state: dict, name: str, path: str, keep_head: bool = 
     if not keep_head:
         state = {key: value for key, value in state.items() if not is_head(module, key)}
     state = {key: value for key, value in state.items() if not key.startswith("encoder.fc.")}
-    if POSITIONS in own and POSITIONS in state:  # of any grid, which `adopt_positions` makes room for
+    if POSITIONS in own and POSITIONS in state:  # of any grid: there is room for them from here on
         side = math.isqrt(max(0, state[POSITIONS].shape[1] - 1)) if state[POSITIONS].dim() == 3 else 0
         own[POSITIONS] = own[POSITIONS].new_empty(1, side ** 2 + 1, own[POSITIONS].shape[2])
+        module.get_parameter(POSITIONS).data = own[POSITIONS]
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     problems = [f"{k} is {tuple(own[k].shape)} here, {tuple(state[k].shape) if k in state else 'absent'} there"
                 for k in own if k not in fitting and not is_head(module, k)]
@@ -810,11 +788,16 @@ def load_weights(model: nn.Module, path: str, task: str, parts: str = "all", pos
     return f"{source}: " + ", ".join(taken)
 
 
-def load_model(path: str) -> tuple[nn.Module, dict]:
-    """Rebuild a trained model from `model.pt` or a Monodepth2 folder: (model in eval mode, its options)."""
+def load_model(path: str, device: torch.device | str = "cpu", task: str | None = None) -> tuple[nn.Module, dict]:
+    """Rebuild a trained model from `model.pt` or a Monodepth2 folder: (model in eval mode, its options).
+
+    Raises InputError where that is not a whole model, or was trained for another task than this one.
+    """
     source, parts, options = read_checkpoint(path)
     if "task" not in options or "decoder" not in parts:
         raise InputError(f"{path} ({source}) holds only an encoder: nothing to evaluate")
+    if task not in (None, options["task"]):
+        raise InputError(f"{path} was trained for {options['task']}, not for {task}")
     needed = {"depth": {"min_depth", "max_depth"}, "segmentation": {"classes", "colours"}}.get(options["task"], set())
     needed = needed | {"arch", "encoder", "height", "width"}
     if not needed <= options.keys():
@@ -836,4 +819,4 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
     for part in ("encoder", "decoder"):
         if ": " in fit(getattr(model, part), parts[part], part, path):
             raise InputError(f"{path}: the {part}'s head does not fit its options")
-    return model.to(memory_format=torch.channels_last).eval(), options
+    return model.to(device, memory_format=torch.channels_last).eval(), options

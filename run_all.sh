@@ -15,8 +15,7 @@
 #   bash run_all.sh list table1 finetuning | parallel -j 4
 #   bash -c "$(bash run_all.sh list table1 finetuning | sed -n "${SLURM_ARRAY_TASK_ID}p")"
 #
-# Settings: DATA (synthetic, kitti) and DATA_PATH; CITYSCAPES, NYU, VOC, ADE20K, KITTI, CAMVID, the roots of what some
-# jobs need;
+# Settings: DATA (synthetic, kitti) and DATA_PATH; CITYSCAPES, NYU, VOC, ADE20K, KITTI, CAMVID, the roots of other data;
 # WEIGHTS, the folder of downloaded checkpoints; SEEDS="0 1 2", of the draws of training images and of the new layers;
 # RUNS=runs/$DATA; CACHE, a folder for packed copies of what is pre-trained on (default: $RUNS/cache for synthetic, none
 # for real data); JOBS, how many at a time (their output is in $RUNS/logs); PYTHON=python.
@@ -122,43 +121,36 @@ pictures() {
 
 # ---------------------------------------------------------------------------------------------- tables and figures
 
-core() {  # what one reads first: every pre-training of our own from random weights
-  local init mode
-  for mode in all frozen; do
-    for init in none flow reconstruction depthrand depthrand-encoder; do finetune $init resnet18 unet $mode 16; done
+# each "INIT..." "ENCODER..." ARCH MODE IMAGES [TAG OPTION...]: `finetune` from every one
+each() {
+  local init encoder
+  for encoder in $2; do
+    for init in $1; do finetune "$init" "$encoder" "${@:3}"; done
   done
+}
+
+paper="none imagenet depthrand depth" ours="none flow reconstruction depthrand depthrand-encoder"
+
+core() {  # what one reads first: every pre-training of our own from random weights
+  each "$ours" resnet18 unet all 16
+  each "$ours" resnet18 unet frozen 16
   pictures grid core.png "$RUNS/depthrand_resnet18" none flow reconstruction depthrand
 }
 
 table1() {  # KITTI, 16 images: initialisations, architectures, frozen encoder
-  local init
-  for init in none imagenet depthrand depth; do
-    finetune $init resnet18 unet all 16
-    finetune $init resnet50 unet all 16
-    finetune $init resnet50 deeplabv3 all 16
-    finetune $init resnet18 unet frozen 16
-    finetune $init resnet50 unet frozen 16
-  done
+  each "$paper" "resnet18 resnet50" unet all 16
+  each "$paper" resnet50 deeplabv3 all 16
+  each "$paper" "resnet18 resnet50" unet frozen 16
 }
 
-table2() {  # forms of depth supervision
-  local init
-  for init in none mono stereo lidar; do finetune $init resnet18 unet all 16; done
-}
+table2() { each "none mono stereo lidar" resnet18 unet all 16; }  # forms of depth supervision
 
 table3() {  # the encoder alone, and a vision transformer
-  local init encoder
-  for encoder in resnet18 resnet50; do
-    for init in none imagenet depthrand-encoder depth-encoder; do finetune $init $encoder unet all 16; done
-  done
-  for init in vit dpt; do finetune $init vit_l16 dpt all 16 lr5e-8 --learning_rate 5e-8; done
+  each "none imagenet depthrand-encoder depth-encoder" "resnet18 resnet50" unet all 16
+  each "vit dpt" vit_l16 dpt all 16 lr5e-8 --learning_rate 5e-8
 }
 
-table4() {  # other pre-trainings of a ResNet-50
-  local init
-  for init in none depthrand depth reconstruction flow coco dino moco; do finetune $init resnet50 unet all 16; done
-}
-
+table4() { each "none depthrand depth reconstruction flow coco dino moco" resnet50 unet all 16; }  # other pre-trainings
 
 # shellcheck disable=SC2034  # `finetune` and `pretrain` read these
 table5() {  # Cityscapes, DeepLabV3, all images: the full schedule with jitter, and a controlled one
@@ -190,65 +182,44 @@ table6() {  # large-scale pre-trainings on other domains: fine-tuned, and a line
   done
 }
 
-fig2() {  # curves of training from each initialisation
-  local init encoder
-  for encoder in resnet18 resnet50; do
-    for init in none imagenet depthrand depth; do finetune $init $encoder unet all 16; done
-  done
-}
+fig2() { each "$paper" "resnet18 resnet50" unet all 16; }  # curves of training from each initialisation
 
 fig3() {  # size of the training set
-  local init images
-  for images in 8 16 32 64 128; do
-    for init in none imagenet depthrand depth; do finetune $init resnet18 unet all $images; done
-  done
+  local images
+  for images in 8 16 32 64 128; do each "$paper" resnet18 unet all $images; done
 }
 
-fig4() {  # frozen encoders
-  local init encoder
-  for encoder in resnet18 resnet50; do
-    for init in none imagenet depthrand depth; do finetune $init $encoder unet frozen 16; done
-  done
-}
+fig4() { each "$paper" "resnet18 resnet50" unet frozen 16; }  # frozen encoders
 
 # shellcheck disable=SC2086
 fig5() {  # pre-training at one resolution, fine-tuning at another, both ways
-  finetune depthrand resnet18 unet all 16
-  finetune resized resnet18 unet all 16
-  finetune none resnet18 unet all 16 resized $other
-  finetune depthrand resnet18 unet all 16 resized $other
+  each "depthrand resized" resnet18 unet all 16
+  each "none depthrand" resnet18 unet all 16 resized $other
 }
 
+# shellcheck disable=SC2086
 fig6() {  # activations of a shallow layer, and segmentations
-  local init
-  for init in none imagenet depthrand depth; do finetune $init resnet18 unet all 16; done
-  pictures gradcam fig6.png none imagenet depthrand depth
+  each "$paper" resnet18 unet all 16
+  pictures gradcam fig6.png $paper
 }
 
 fig7() {  # depth helps, flow hurts
-  local init mode
-  for mode in all frozen; do
-    for init in none flow depthrand depth; do finetune $init resnet18 unet $mode 16; done
-  done
+  each "none flow depthrand depth" resnet18 unet all 16
+  each "none flow depthrand depth" resnet18 unet frozen 16
 }
 
 # shellcheck disable=SC2034
 fig8() {  # NYU-v2
-  local data=(--data nyu --data_path "${NYU:-data/nyu}") prefix=nyu_ main=depth init encoder
+  local data=(--data nyu --data_path "${NYU:-data/nyu}") prefix=nyu_ main=depth
   local size="--height 384 --width 448" depth="--steps 100000 --batch_size 8 --min_depth 0.1 --max_depth 10"
   local batch=16 labels="--steps 20000 --learning_rate 1e-4"
-  for encoder in resnet18 resnet50; do
-    for init in none imagenet depth; do finetune $init $encoder unet all all; done
-  done
+  each "none imagenet depth" "resnet18 resnet50" unet all all
 }
 
 release() {  # two behaviours of the authors' release: inputs normalised twice, a "freeze" of batch norm alone
-  local init
-  for init in none imagenet depthrand; do
-    finetune $init resnet18 unet all 16 twice --normalize_twice
-    finetune $init resnet18 unet frozen 16
-    finetune $init resnet18 unet all 16 batchnorm --freeze_batch_norm_only
-  done
+  each "none imagenet depthrand" resnet18 unet all 16 twice --normalize_twice
+  each "none imagenet depthrand" resnet18 unet frozen 16
+  each "none imagenet depthrand" resnet18 unet all 16 batchnorm --freeze_batch_norm_only
 }
 
 # shellcheck disable=SC2034
@@ -258,23 +229,12 @@ camvid() {  # real video to real labels, small: stereo pairs of KITTI's drives, 
   local depth="--height 64 --width 192 --steps 3000 --learning_rate 2e-4 $small"
   local flow=$depth reconstruction=$depth
   local labels="--height 96 --width 128 --steps 300 --learning_rate 5e-4 --eval_every 60 --num_workers 0"
-  for mode in all frozen; do
-    for init in none flow reconstruction depthrand depthrand-encoder; do finetune $init resnet18 unet $mode 16; done
-  done
-  for init in none depthrand-encoder; do  # two behaviours of the authors' release
-    finetune $init resnet18 unet all 16 twice --normalize_twice
-    finetune $init resnet18 unet all 16 batchnorm --freeze_batch_norm_only
-  done
-  for mode in all frozen; do  # four times the images, twice the steps
-    for init in none flow reconstruction depthrand depthrand-encoder; do
-      finetune $init resnet18 unet $mode 64 "" --steps 600 --eval_every 120
-    done
-  done
-  for rate in 2e-4 1e-3; do  # other learning rates, the same for each
-    for init in none flow reconstruction depthrand depthrand-encoder; do
-      finetune $init resnet18 unet all 16 lr$rate --learning_rate $rate
-    done
-  done
+  each "$ours" resnet18 unet all 16
+  each "$ours" resnet18 unet frozen 16
+  each "none depthrand-encoder" resnet18 unet all 16 twice --normalize_twice  # as the authors' release does, and:
+  each "none depthrand-encoder" resnet18 unet all 16 batchnorm --freeze_batch_norm_only
+  for mode in all frozen; do each "$ours" resnet18 unet $mode 64 "" --steps 600 --eval_every 120; done  # 4 x the images
+  for rate in 2e-4 1e-3; do each "$ours" resnet18 unet all 16 lr$rate --learning_rate $rate; done  # the same for each
   local video_of=("${video[@]}") depth_of=$depth
   for part in quarter short large; do  # pre-trained on a quarter of each drive, for a quarter of the steps, at another size
     prefix=camvid_${part}_ video=("${video_of[@]}") depth=$depth_of
@@ -284,7 +244,7 @@ camvid() {  # real video to real labels, small: stereo pairs of KITTI's drives, 
       large) depth=${depth/--height 64 --width 192/--height 96 --width 320} ;;
     esac
     reconstruction=$depth
-    for init in reconstruction depthrand; do finetune $init resnet18 unet frozen 16; done
+    each "reconstruction depthrand" resnet18 unet frozen 16
   done
 }
 

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 import datasets
@@ -83,14 +84,11 @@ def parse_options() -> argparse.Namespace:
     networks.add_device_options(parser)
     args = parser.parse_args()
 
-    stereo = "stereo" in args.supervision
-    if args.task == "depth":
-        args.frame_ids = args.frame_ids or ([0, -1, 1] if "mono" in args.supervision else [0])
-    else:
-        args.frame_ids = args.frame_ids or ([0, -1] if args.task == "flow" else [0])
+    video = args.task == "depth" and "mono" in args.supervision
+    args.frame_ids = args.frame_ids or ([0, -1, 1] if video else [0, -1] if args.task == "flow" else [0])
     if args.frame_ids[0] != 0 or len(set(args.frame_ids)) < len(args.frame_ids):
         raise InputError("--frame_ids starts with the target, 0, and names every frame once")
-    if args.task == "depth" and "mono" in args.supervision and len(args.frame_ids) < 2:
+    if video and len(args.frame_ids) < 2:
         raise InputError("--frame_ids needs at least one source frame besides 0")
     if args.task == "flow" and len(args.frame_ids) != 2:
         raise InputError("--task flow takes two frames: --frame_ids 0 -1")
@@ -99,10 +97,8 @@ def parse_options() -> argparse.Namespace:
     if args.intrinsics == "learned" and (args.task, args.supervision) != ("depth", "mono"):
         raise InputError("--intrinsics learned is for --task depth --supervision mono: a stereo pair is calibrated")
     # the range of Monodepth2's network, 0.1 to 100; with a metric baseline its unit is 5.4 m
-    if args.min_depth is None:
-        args.min_depth = 0.54 if stereo else 1.0 if args.supervision == "depth" else 0.1
-    if args.max_depth is None:
-        args.max_depth = 540.0 if stereo else 100.0
+    near, far = {"mono": (0.1, 100.0), "depth": (1.0, 100.0)}.get(args.supervision, (0.54, 540.0))
+    args.min_depth, args.max_depth = args.min_depth or near, args.max_depth or far
     if args.min_depth >= args.max_depth:
         raise InputError(f"--min_depth {args.min_depth:g} is not below --max_depth {args.max_depth:g}")
     if args.smoothness is None:
@@ -133,7 +129,7 @@ def run_networks(args: argparse.Namespace, model: torch.nn.Module, pose: torch.n
     target = jittered[:, 0]
     if args.task == "reconstruction":
         removed = datasets.remove_patches(target, generator, args.patches)
-        images = model(target.masked_fill(removed, 0.45))  # 0.45: zero inside
+        images = model(target.masked_fill(removed, 0.45))  # 0 once normalised
         return {"reconstructions": [out.float().sigmoid() for out in images], "removed": removed}
     if args.task == "flow":
         return {"flows": model(target, jittered[:, 1])}
@@ -215,7 +211,7 @@ def save_pictures(path: str, frames: torch.Tensor, views: dict, count: int = 4) 
     if "depth" in views:
         columns.append(evaluate.colour_depth(views["depth"][:count]))
     if "flow" in views:
-        columns.append(evaluate.colour_flow(views["flow"][:count]))
+        columns.append(flow_to_image(views["flow"][:count]) / 255)
     if "warped" in views:
         warped = views["warped"][:count]
         columns.append(warped[:, 0] if warped.dim() == 5 else warped)
@@ -250,15 +246,17 @@ def main() -> int:
     if metric:  # start in the middle of the range of depths: a sigmoid of 0.5 is twice the nearest, far from any street
         middle = losses.depth_to_disparity(math.sqrt(args.min_depth * args.max_depth), args.min_depth, args.max_depth)
         networks.set_head_bias(model.decoder, math.log(middle / (1 - middle)))
-    taken = "random weights"
+    loaded = "random weights"
     if args.init != "none":
-        taken = networks.load_weights(model, args.init, args.task, args.init_parts, pose)
+        loaded = networks.load_weights(model, args.init, args.task, args.init_parts, pose)
     model.to(device, memory_format=choices.memory_format).train()
     if args.sync_bn:
-        model, pose = map(networks.synchronize_batch_norm, (model, pose))
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parameters = list(model.parameters())
     if pose is not None:
         pose.to(device, memory_format=choices.memory_format).train()
+        if args.sync_bn:
+            pose = torch.nn.SyncBatchNorm.convert_sync_batchnorm(pose)
         parameters += list(pose.parameters())
 
     groups, intrinsics = [{"params": parameters, "factor": 1}], None
@@ -287,7 +285,7 @@ def main() -> int:
     what = f"depth ({args.supervision})" if args.task == "depth" else args.task
     print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}"
           + (f" (left out: {dataset.dropped})" * bool(dataset.dropped)))
-    print(f"{args.arch} {args.encoder}, {networks.count(parameters) / 1e6:.1f} M parameters, {taken}; "
+    print(f"{args.arch} {args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, {loaded}; "
           f"{args.width}x{args.height}, batch {args.batch_size}, {args.steps} steps = "
           f"{args.steps * args.batch_size / len(dataset):.1f} epochs on {device}"
           + (f"; continues at step {start}" if start else ""))
@@ -296,9 +294,9 @@ def main() -> int:
     if args.task == "depth" and args.supervision == "mono":
         print("monocular video fixes depth up to one unknown scale: it has no metres")
 
-    kept = ("task", "supervision", "depth_loss", "arch", "encoder", "dpt_layers", "init", "height", "width", "crop",
+    keys = ("task", "supervision", "depth_loss", "arch", "encoder", "dpt_layers", "init", "height", "width", "crop",
             "min_depth", "max_depth", "data", "seed")
-    options = {key: getattr(args, key) for key in kept}
+    options = {key: getattr(args, key) for key in keys}
     options |= {"metric": metric, "samples": len(dataset)}
 
     # loop

@@ -141,22 +141,22 @@ def name_pretraining(init: str) -> str:
     return name
 
 
-def encode(model: torch.nn.Module, batch: dict, kept: dict | None) -> list[torch.Tensor]:
-    """The encoder's features; those of a frozen one are `kept`, by image and whether it is flipped."""
-    if kept is None:
+def encode(model: torch.nn.Module, batch: dict, cache: dict | None) -> list[torch.Tensor]:
+    """The encoder's features; those of a frozen one are in `cache`, by image and whether it is flipped."""
+    if cache is None:
         return model.encoder(batch["image"])
     keys = list(zip(batch["index"].tolist(), batch["mirrored"].tolist()))
     for i, key in enumerate(keys):
-        if key not in kept:  # alone, so that the others in the batch make no difference
-            kept[key] = model.encoder(batch["image"][i:i + 1])
-    return [torch.cat(level) for level in zip(*(kept[key] for key in keys))]
+        if key not in cache:  # alone, so that the others in the batch make no difference
+            cache[key] = model.encoder(batch["image"][i:i + 1])
+    return [torch.cat(level) for level in zip(*(cache[key] for key in keys))]
 
 
-def compute_loss(model: torch.nn.Module, batch: dict, kept: dict | None, choices: argparse.Namespace,
+def compute_loss(model: torch.nn.Module, batch: dict, cache: dict | None, choices: argparse.Namespace,
                  meter: evaluate.Meter) -> tuple[dict, torch.Tensor]:
     """Cross-entropy over labelled pixels (Eq. 2), and the logits (B, classes, H, W)."""
     with choices.autocast():
-        logits = model.decoder(encode(model, batch, kept))[0].float()
+        logits = model.decoder(encode(model, batch, cache))[0].float()
     meter.lap("networks")
     nats = F.cross_entropy(logits, batch["label"], ignore_index=datasets.IGNORE, reduction="none")
     return {"loss": losses.masked_mean(nats, batch["label"] != datasets.IGNORE)}, logits
@@ -188,23 +188,23 @@ def main() -> int:
     torch.manual_seed(args.seed)
     model = networks.build(args.arch, args.encoder, len(train_set.classes), normalize_twice=args.normalize_twice,
                            dpt_layers=args.dpt_layers)
-    taken = "random weights"
+    loaded = "random weights"
     if args.init != "none":
-        taken = networks.load_weights(model, args.init, "segmentation", args.init_parts)
+        loaded = networks.load_weights(model, args.init, "segmentation", args.init_parts)
     pretraining = name_pretraining(args.init)
     model.to(device, memory_format=choices.memory_format).train()
     if args.sync_bn:
-        model = networks.synchronize_batch_norm(model)
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.freeze_encoder:
         model.encoder.requires_grad_(False)
     if args.freeze_encoder or args.freeze_batch_norm_only:
         model.encoder.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    kept = None
+    cache = None
     if args.freeze_encoder and not (args.crop or args.jitter or args.no_feature_cache):
         features = model.encoder(torch.zeros(1, 3, *train_set.size, device=device))
         if 2 * len(train_set) * sum(f.nbytes for f in features) <= FEATURES:
-            kept = {}
+            cache = {}
 
     # optimiser
     optimizer = make_optimizer(args, model)
@@ -222,8 +222,8 @@ def main() -> int:
         run.board = evaluate.tensorboard(run.folder, start)
     print(f"{run.folder}: segmentation of {len(train_set.classes)} classes of {args.data}, {len(train_set)} images for "
           f"training and {len(val_set)} for evaluation")
-    print(f"{args.arch} {args.encoder}, {networks.count(parameters) / 1e6:.1f} M trained parameters"
-          f"{' (encoder frozen)' * args.freeze_encoder}{' (its features kept)' * (kept is not None)}, {taken}; "
+    print(f"{args.arch} {args.encoder}, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters"
+          f"{' (encoder frozen)' * args.freeze_encoder}{' (its features kept)' * (cache is not None)}, {loaded}; "
           f"{args.width}x{args.height}, batch {args.batch_size}, "
           f"{args.steps} steps on {device}" + (f"; continues at step {start}" if start else ""))
     if absent:
@@ -256,7 +256,7 @@ def main() -> int:
         if args.jitter:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
             batch["image"] = datasets.color_jitter(batch["image"], generator, args.jitter, hue=0.0, probability=1.0)
-        terms, logits = compute_loss(model, batch, kept, choices, meter)
+        terms, logits = compute_loss(model, batch, cache, choices, meter)
         meter.add(terms)
         meter.lap("loss")
         optimizer.zero_grad(set_to_none=True)
@@ -267,7 +267,7 @@ def main() -> int:
         last = done == args.steps or run.stops()
         # on a GPU not at every step, as asking means waiting
         if device.type == "cpu" or args.detect or last or done % args.log_every == 0 or done % args.save_every == 0:
-            rerun = partial(compute_loss, model, batch, kept, choices, meter) if args.detect else None
+            rerun = partial(compute_loss, model, batch, cache, choices, meter) if args.detect else None
             losses.refuse_nonfinite(terms, networks.parts_of(model), done, batch["index"], rerun)
         optimizer.step()
         meter.lap("optimizer")
@@ -290,7 +290,7 @@ def main() -> int:
         if run.writes and (done % args.eval_every == 0 or done == args.steps):
             scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
             run.log({"step": done, **{key: scores[key] for key in CURVES}})
-            meter.reset()  # the time of the evaluation is not the steps'
+            meter.skip()
         if done % args.save_every == 0 or last:
             networks.save(run, done, options, optimizer, model)
         if last:

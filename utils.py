@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL: run the command again)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-MAY_CHANGE = {"resume", "detect", "device", "num_workers", "log_dir", "log_every", "save_every", "cache",  # later on
-              "on_bad_sample", "tensorboard"}
+MAY_CHANGE = {"resume", "detect", "device", "num_workers", "log_dir", "log_every", "save_every", "cache",
+              "on_bad_sample", "tensorboard"}  # options that may differ when a run goes on
 
 
 class InputError(Exception):
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 def within(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
     """A type for options: an int or float from low to high."""
     def parse(text: str) -> float:
-        if not low <= kind(text) <= high:  # as NaN is not
+        if not low <= kind(text) <= high:  # NaN fails this, too
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return kind(text)
     parse.__name__ = kind.__name__  # argparse says so where text is no number
