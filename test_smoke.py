@@ -925,6 +925,21 @@ def test_choices_for_a_device(monkeypatch):
         chosen(cpu, "--compile", "loss")
 
 
+def test_a_record_leaves_evaluations_out(monkeypatch):
+    """A record is of all steps since the last one, and of their time alone."""
+    now = [0.0]
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: now[0])
+    meter = evaluate.Meter(torch.device("cpu"))
+    for loss, evaluation in ((1.0, 100.0), (3.0, 0.0)):
+        now[0] += 2
+        meter.add({"loss": torch.tensor(loss)})
+        meter.lap("optimizer")
+        now[0] += evaluation
+        meter.skip()
+    record = meter.record(batch_size=4)
+    assert record["loss"] == 2 and record["ms_per_step"] == 2000 and record["samples_per_s"] == 2
+
+
 @pytest.mark.parametrize("script", ("train_depth", "train_seg", "datasets"))
 def test_benchmarks(tmp_path, capsys, monkeypatch, script):
     """The last line is JSON; the parts make up the step; nothing is left behind."""
@@ -2954,6 +2969,14 @@ def test_tables(capsys, tmp_path):
     assert not (tmp_path / "sizes.png").exists()  # one number of images is no curve
 
 
+def test_tables_go_by_the_number_of_images(capsys, tmp_path):
+    for train_size in (128, None, 8, 16):
+        write_run(tmp_path / f"n{train_size}", "None", 0, 40.0, train_size=train_size)
+    assert call(capsys, evaluate, "tables", "--log_dir", tmp_path)[0] == 0
+    with open(tmp_path / "tables.csv") as file:
+        assert [row[2] for row in csv.reader(file)] == ["images", "8", "16", "128", "all"]
+
+
 @pytest.mark.parametrize("n", (2, 3, 5, 12))
 def test_paired_test_is_student_s(n):
     a, b = np.random.default_rng(n).normal(0.4, 1, (2, n))
@@ -3984,6 +4007,22 @@ def negative_train_size(folder):
     return train_seg, semantics_run(folder, "--train_size", "-1"), ["--train_size -1"]
 
 
+def noise_to_check(folder):
+    return datasets, ["check", "--data", "random"], ["--data random"]
+
+
+def noise_to_pack(folder):
+    return datasets, ["pack", "--data", "random", "--output", folder / "cache"], ["--data random"]
+
+
+def moving_noise(folder):
+    return train_depth, tiny_run(folder, "--data", "random", "--min_motion", "2"), ["--min_motion", "--data random"]
+
+
+def camera_of_noise(folder):
+    return train_depth, tiny_run(folder, "--data", "random", "--intrinsics", "learned"), ["--data random has no camera"]
+
+
 def batch_larger_than_data(folder):
     return train_seg, semantics_run(folder, "--batch_size", "8"), ["--batch_size 8"]
 
@@ -4160,6 +4199,10 @@ ERRORS = (
     flow_by_deeplab,
     two_ways_of_freezing,
     encoder_without_learning_rate,
+    noise_to_check,
+    noise_to_pack,
+    moving_noise,
+    camera_of_noise,
     train_size_too_large,
     negative_train_size,
     batch_larger_than_data,
