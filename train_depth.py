@@ -296,7 +296,7 @@ def main() -> int:
     if args.task == "depth" and args.supervision == "mono":
         print("monocular video fixes depth up to one unknown scale: it has no metres")
     if intrinsics is not None:
-        print("only turning shows a focal length: where the camera hardly turns, what is learned depends on --fov and --steps")
+        print("only turning shows a focal length: where the camera hardly turns, it depends on --fov and --steps")
 
     keys = ("task", "supervision", "depth_loss", "arch", "encoder", "dpt_layers", "init", "height", "width", "crop",
             "min_depth", "max_depth", "data", "seed")
