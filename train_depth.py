@@ -243,9 +243,7 @@ def main() -> int:
     pose = networks.PoseNet("resnet18") if args.task == "depth" and "mono" in args.supervision else None
     metric = args.task == "depth" and ("stereo" in args.supervision or (args.supervision == "depth"
                                                                         and args.depth_loss != "affine"))
-    # start in the middle of the range of depths: a sigmoid of 0.5 is twice the nearest, far from any street; a learned
-    # focal length strays less from there while depth and pose are still poor
-    if metric or args.intrinsics == "learned":
+    if metric:  # start in the middle of the range of depths: a sigmoid of 0.5 is twice the nearest, far from any street
         middle = losses.depth_to_disparity(math.sqrt(args.min_depth * args.max_depth), args.min_depth, args.max_depth)
         networks.set_head_bias(model.decoder, math.log(middle / (1 - middle)))
     loaded = "random weights"
