@@ -85,7 +85,7 @@ def read_image(path: str) -> torch.Tensor:
     raw = content.numpy().tobytes()
     if not raw.startswith((b"\xff\xd8", b"\x89PNG\r\n\x1a\n")):
         raise InputError(f"{path}: neither a JPEG nor a PNG file")
-    if raw.startswith(b"\xff\xd8") and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda"):  # no end after the last scan
+    if raw.startswith(b"\xff\xd8") and raw.rfind(b"\xff\xd9") <= raw.rfind(b"\xff\xda"):  # no end after the last scan
         raise InputError(f"{path}: the image file is truncated or damaged")
     try:
         with Image.open(io.BytesIO(raw)) as header:  # refuses a size beyond Pillow's limit before anything is decoded
@@ -116,6 +116,7 @@ def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
 
 
 def read_text(path: str) -> str:
+    """A text file's content; raises InputError with the path where there is none."""
     try:
         return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -28,7 +28,6 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-import utils
 from utils import InputError, Run, within, write_atomically
 
 RESNETS = {"resnet18": (64, 64, 128, 256, 512), "resnet50": (64, 256, 512, 1024, 2048)}  # channels of the five features
@@ -402,15 +401,6 @@ def build(arch: str, encoder: str, channels: int, scales: tuple[int, ...] = (0,)
         features = model.encoder
         features.mean, features.std = IMAGENET_MEAN + IMAGENET_STD * features.mean, IMAGENET_STD * features.std
     return model
-
-
-def average_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """After backward: every process goes on with the gradient of the whole batch."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if utils.ranks() > 1 and gradients:
-        whole = utils.mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
-        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
 
 
 def check_options(args: argparse.Namespace) -> None:

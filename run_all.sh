@@ -231,10 +231,13 @@ camvid() {  # real video to real labels, small: stereo pairs of KITTI's drives, 
   local labels="--height 96 --width 128 --steps 300 --learning_rate 5e-4 --eval_every 60 --num_workers 0"
   each "$ours" resnet18 unet all 16
   each "$ours" resnet18 unet frozen 16
-  each "none depthrand-encoder" resnet18 unet all 16 twice --normalize_twice  # as the authors' release does, and:
+  # two behaviours of the authors' release
+  each "none depthrand-encoder" resnet18 unet all 16 twice --normalize_twice
   each "none depthrand-encoder" resnet18 unet all 16 batchnorm --freeze_batch_norm_only
-  for mode in all frozen; do each "$ours" resnet18 unet $mode 64 "" --steps 600 --eval_every 120; done  # 4 x the images
-  for rate in 2e-4 1e-3; do each "$ours" resnet18 unet all 16 lr$rate --learning_rate $rate; done  # the same for each
+  # four times the images, twice the steps
+  for mode in all frozen; do each "$ours" resnet18 unet $mode 64 "" --steps 600 --eval_every 120; done
+  # other learning rates, the same for each
+  for rate in 2e-4 1e-3; do each "$ours" resnet18 unet all 16 lr$rate --learning_rate $rate; done
   local video_of=("${video[@]}") depth_of=$depth
   for part in quarter short large; do  # pre-trained on a quarter of each drive, for a quarter of the steps, at another size
     prefix=camvid_${part}_ video=("${video_of[@]}") depth=$depth_of

@@ -321,7 +321,7 @@ def main() -> int:
         meter.lap("loss")
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        networks.average_gradients(optimizer)
+        utils.average_gradients(optimizer)
         meter.lap("backward")
         done = step + 1
         last = done == args.steps or run.stops()

@@ -135,6 +135,15 @@ def wait_for_ranks() -> None:
     mean_over_ranks(torch.zeros(()))
 
 
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """After backward: every process goes on with the gradient of the whole batch."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if ranks() > 1 and gradients:
+        whole = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_previous: bool = False) -> None:
