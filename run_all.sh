@@ -1,127 +1,316 @@
 #!/usr/bin/env bash
-# Every experiment of the paper, one complete command a line.
+# Every experiment of the paper, one line each.
 #
-#   bash run_all.sh                          # the core comparison on the synthetic street world, then its tables
-#   bash run_all.sh table1 fig3              # the jobs of these, then their tables
-#   bash run_all.sh list [NAME ... STAGE]    # print the jobs instead, of all names if none is given
-#   DATA=kitti DATA_PATH=/data/kitti bash run_all.sh table1    # with the paper's schedule
-#   KITTI=/data/kitti CAMVID=/data/camvid bash run_all.sh camvid    # small, from real video to real labels
+#   bash run_all.sh                       # core: the comparison on the synthetic street, no downloads
+#   bash run_all.sh table1 fig3           # the jobs of these, then their tables
+#   bash run_all.sh list [NAME ...]       # print the commands instead
+#   DATA=kitti KITTI=/data/kitti bash run_all.sh table1       # the paper's data and schedule
+#   DATA=kitti PUBLISHED=1 bash run_all.sh table1             # Monodepth2's weights instead of pre-training
+#   KITTI_RAW=… KITTI_LABELS=… CAMVID=… bash run_all.sh real  # the claim, tested on real video and labels
 #
-# NAME: core table1 table2 table3 table4 table5 table6 fig2 fig3 fig4 fig5 fig6 fig7 fig8 release camvid
-# STAGE: pretraining, finetuning (needs the former), pictures (needs both)
-# Finished jobs are skipped, interrupted ones continue, a job that is running already is refused. Elsewhere, by stage:
+# NAME: core table1 table2 table3 table4 table5 table6 fig2 fig3 fig4 fig5 fig6 fig7 fig8 release real
+#
+# A finished job is skipped, an interrupted one continues. Commands may also run elsewhere, one stage
+# (pretraining, finetuning, evaluation) after the other:
 #
 #   bash run_all.sh list table1 pretraining | tr '\n' '\0' | xargs -0 -n 1 -P 4 bash -c
-#   bash run_all.sh list table1 finetuning | parallel -j 4
 #   bash -c "$(bash run_all.sh list table1 finetuning | sed -n "${SLURM_ARRAY_TASK_ID}p")"
 #
-# Settings: DATA (synthetic, kitti) and DATA_PATH; CITYSCAPES, NYU, VOC, ADE20K, KITTI, CAMVID, the roots of other data;
-# WEIGHTS, the folder of downloaded checkpoints; SEEDS="0 1 2", of the draws of training images and of the new layers;
-# RUNS=runs/$DATA; CACHE, a folder for packed copies of what is pre-trained on (default: $RUNS/cache for synthetic, none
-# for real data); JOBS, how many at a time (their output is in $RUNS/logs); PYTHON=python.
+# Settings, from the environment:
+#   DATA=synthetic|kitti   SEEDS="0 1 2"   JOBS at a time   RUNS, the folder of runs   PYTHON=python
+#   KITTI (or KITTI_RAW and KITTI_LABELS), CITYSCAPES, NYU (labelled), NYU_RAW (scenes), VOC, ADE20K, CAMVID: roots
+#   WEIGHTS=weights, the folder of downloaded checkpoints   CACHE, a folder for decoded frames
+#   for real: SIZE="96 320" CAMVID_SIZE="192 256" BATCH=4 STEPS=2000 TUNING_STEPS=300
+# shellcheck disable=SC2034,SC2046,SC2086  # settings are words; functions read those of their caller
+# shellcheck disable=SC2329  # called by name
 set -euo pipefail
 cd "$(dirname "$0")"
 
+# ------------------------------------------------------------------------------------------- settings
+
 DATA=${DATA:-synthetic}
-DATA_PATH=${DATA_PATH:-data/$DATA}
-export RUNS=${RUNS:-runs/$DATA}
+PUBLISHED=${PUBLISHED:-}
+RUNS=${RUNS:-runs/$DATA${PUBLISHED:+_published}}
+REAL=${REAL:-runs/real}
+STREET=${STREET:-data/synthetic}
+KITTI=${KITTI:-data/kitti} KITTI_RAW=${KITTI_RAW:-$KITTI} KITTI_LABELS=${KITTI_LABELS:-$KITTI}
+CITYSCAPES=${CITYSCAPES:-data/cityscapes} CAMVID=${CAMVID:-data/camvid}
+NYU=${NYU:-data/nyu} NYU_RAW=${NYU_RAW:-data/nyu_raw}
+VOC=${VOC:-data/voc} ADE20K=${ADE20K:-data/ade20k}
+WEIGHTS=${WEIGHTS:-weights}
 SEEDS=${SEEDS:-0 1 2}
 PYTHON=${PYTHON:-python}
-WEIGHTS=${WEIGHTS:-weights}
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647  # glibc keeps freed memory: faster on a CPU
 
-if [ "$DATA" = synthetic ]; then  # small: two CPU cores, where one thread a job is the fastest
+if [ "$DATA" = synthetic ]; then  # two CPU cores: small, one thread a job
   JOBS=${JOBS:-2} CACHE=${CACHE-$RUNS/cache}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  main=stereo size="--height 64 --width 192" other="--height 128 --width 384"
-  depth="--batch_size 4 --steps 300 --learning_rate 2e-4 --num_workers 0" flow=$depth reconstruction=$depth
-  batch=4 labels="--steps 80 --learning_rate 5e-4 --eval_every 20 --num_workers 0"
-else  # the paper's settings (README, "Protocol")
+  video=(--data synthetic --data_path "$STREET") labels=("${video[@]}")
+  main=stereo size="--height 64 --width 192" large="--height 128 --width 384"
+  depth="--steps 300 --batch_size 4 --learning_rate 2e-4 --num_workers 0" flow=$depth reconstruction=$depth
+  batch=4 tuning="--steps 80 --learning_rate 5e-4 --eval_every 40 --num_workers 0"
+else  # the paper's settings: 20 epochs of 39,810 samples for depth, 50 for flow and reconstruction
   JOBS=${JOBS:-1} CACHE=${CACHE-}
-  main=mono+stereo size="--height 192 --width 640" other="--height 96 --width 320"
-  depth="--steps 66350 --batch_size 12 --learning_rate 1e-4"
-  flow="--steps 249000 --batch_size 8 --learning_rate 5e-5 --learning_rate_drop 1"
-  reconstruction="--steps 249000 --batch_size 8 --learning_rate_drop 0.5 --learning_rate_factor 0.5"
-  batch=16 labels="--steps 20000 --learning_rate 1e-4 --eval_every 1000"
+  video=(--data kitti --data_path "$KITTI_RAW") labels=(--data kitti --data_path "$KITTI_LABELS")
+  main=mono+stereo size="--height 192 --width 640" large="--height 320 --width 1024"
+  depth="--steps 66350 --batch_size 12 --learning_rate 1e-4 --learning_rate_drop 0.75 --learning_rate_factor 0.1"
+  flow="--steps 248800 --batch_size 8 --learning_rate 5e-5 --learning_rate_drop 1 --learning_rate_factor 1"
+  reconstruction="--steps 248800 --batch_size 8 --learning_rate 1e-4 --learning_rate_drop 0.5 --learning_rate_factor 0.5"
+  batch=16 tuning="--steps 20000 --learning_rate 1e-4 --eval_every 1000"
 fi
-data=(--data "$DATA" --data_path "$DATA_PATH") prefix="" video=()  # video: to pre-train on, where it is not the same
+prefix=""         # of names, on other data
+of=""             # of names of fine-tunings, on other labels
+seed_of_video=""  # a pre-training for each seed (real); else seed 0 serves all fine-tunings
 
-# ---------------------------------------------------------------------------------------------- jobs
+# ------------------------------------------------------------------------------------------- experiments
+# each "PRE-TRAINING…" "ENCODER…" ARCHITECTURE all|frozen IMAGES [TAG OPTION…]
+# trains what is missing of the pre-trainings, then fine-tunes from every one, once a seed.
+# NAME-encoder hands over the encoder alone.
 
-# job NAME SCRIPT OPTION...: one line, a complete command
+paper="none imagenet depthrand depth"
+
+core() {  # what one reads first: pre-trainings from random weights
+  local small=efficientnet_lite0 kind
+  for kind in depthrand flow reconstruction; do pretrain $kind $small; done
+  each "none" $small unet all 16
+  each "none calibrated" $small unet frozen 16
+  each "flow-encoder reconstruction depthrand depthrand-encoder" $small unet all 16
+  each "flow-encoder reconstruction depthrand depthrand-encoder" $small unet frozen 16
+  picture grid core.png $small "none flow-encoder reconstruction depthrand"
+}
+
+table1() {  # KITTI, 16 images
+  each "$paper" "resnet18 resnet50" unet all 16
+  each "$paper" resnet50 deeplabv3 all 16
+  each "$paper calibrated" "resnet18 resnet50" unet frozen 16
+}
+
+table2() {  # forms of depth supervision
+  each "none imagenet mono stereo lidar" resnet18 unet all 16
+}
+
+table3() {  # the encoder alone; a ViT whose encoder learns at 5e-8, and a grid around it
+  each "none imagenet depthrand-encoder depth-encoder" "resnet18 resnet50" unet all 16
+  each "vit dpt" vit_l16 dpt all 16 lr5e-9 --learning_rate 1e-4 --encoder_learning_rate_factor 5e-5
+  each "vit dpt" vit_l16 dpt all 16 lr5e-8 --learning_rate 1e-4 --encoder_learning_rate_factor 5e-4
+  each "vit dpt" vit_l16 dpt all 16 lr5e-7 --learning_rate 1e-4 --encoder_learning_rate_factor 5e-3
+  each "vit dpt" vit_l16 dpt all 16 lr5e-6 --learning_rate 1e-4 --encoder_learning_rate_factor 5e-2
+}
+
+table4() {  # other pre-trainings
+  each "$paper coco dino moco" resnet50 unet all 16
+  each "flow-encoder flowimagenet-encoder" resnet50 unet all 16
+  each "reconstruction reconstruction-encoder release-encoder" resnet50 unet all 16
+}
+
+table5() {  # Cityscapes: 22,973 pairs with disparity, 80 epochs; "controlled" is ours: 20,000 steps without jitter
+  local prefix=cityscapes_ stride="--output_stride 16"
+  local video=(--data cityscapes --data_path "$CITYSCAPES")
+  local labels=("${video[@]}")
+  local size="--height 576 --width 640" main=depth
+  local depth="--arch deeplabv3 $stride --crop 512 512 --steps 91900 --batch_size 20 --min_depth 2 --depth_rows 0.1 0.7"
+  depth+=" --learning_rate 1e-4 --learning_rate_drop 0.0625 0.5 0.875 --learning_rate_factor 5 2 1"
+  local tuning_size="--height 1024 --width 2048" batch=32 full="--steps 50000 --jitter 0.5" controlled="--steps 20000"
+  local tuning="$stride --crop 512 512 --optimizer sgd --weight_decay 1e-4 --schedule poly --eval_every 5000"
+  each "none depth cropped" resnet50 deeplabv3 all all full $full --learning_rate 0.1
+  each "none depth cropped" resnet50 deeplabv3 all all controlled $controlled --learning_rate 0.1
+  each imagenet resnet50 deeplabv3 all all full $full --learning_rate 0.01
+  each imagenet resnet50 deeplabv3 all all controlled $controlled --learning_rate 0.01
+  each imagenet-fast resnet50 deeplabv3 all all full $full --learning_rate 0.1
+  each imagenet-fast resnet50 deeplabv3 all all controlled $controlled --learning_rate 0.1
+  training_scores "none imagenet imagenet-fast depth cropped" resnet50_deeplabv3_all_nall_full
+  training_scores "none imagenet imagenet-fast depth cropped" resnet50_deeplabv3_all_nall_controlled
+}
+
+table6() {  # large pre-trainings on other domains: the same decoder for all three, and a linear probe
+  local recipe="--scale 0.5 2 --jitter 0.5 --optimizer adamw --schedule poly --poly_power 1 --warmup_steps 1500"
+  recipe+=" --weight_decay 0.05 --clip_gradients 0.01 --eval_mode slide --eval_every 20000"
+  # sizes that patches of 14 and of 16 divide
+  other_domain ade20k "$ADE20K" "896 896" "896 896" 160000
+  other_domain cityscapes "$CITYSCAPES" "1008 2016" "896 896" 80000
+  other_domain voc "$VOC" "518 518" "518 518" 40000
+}
+
+fig2() {  # how fast each start learns
+  each "$paper" "resnet18 resnet50" unet all 16
+}
+
+fig3() {  # number of training images
+  local images
+  for images in 8 16 32 64 128; do each "$paper" resnet18 unet all $images; done
+}
+
+fig4() {  # frozen encoders, by learning rate; 1e-4 is that of the other tables
+  local rate
+  each "$paper calibrated" "resnet18 resnet50" unet frozen 16
+  for rate in 1e-5 1e-3 1e-2; do
+    each "$paper calibrated" "resnet18 resnet50" unet frozen 16 lr$rate --learning_rate $rate
+  done
+}
+
+fig5() {  # pre-trained at one size, fine-tuned at another, both ways
+  each "imagenet depth large" resnet18 unet all 16
+  local tuning_size=$large
+  each "imagenet depth large" resnet18 unet all 16 large
+}
+
+fig6() {  # activations of a shallow layer, and segmentations
+  each "$paper" resnet18 unet all 16
+  picture gradcam fig6.png resnet18 "$paper"
+  picture grid fig6_segmentation.png resnet18 "$paper"
+}
+
+fig7() {  # depth helps, flow hurts
+  each "none flow-encoder flowimagenet-encoder depthrand depth" resnet18 unet all 16
+  each "none calibrated flow-encoder flowimagenet-encoder depthrand depth" resnet18 unet frozen 16
+  draw grid fig7.png --weights "$RUNS/flow_resnet18" "$RUNS/depthrand_resnet18"
+}
+
+fig8() {  # NYU-v2: raw scenes with Kinect depth (407,024 frames, 10 epochs), then the 795 labelled images
+  local prefix=nyu_ main=depth size="--height 384 --width 448"
+  local video=(--data nyu --data_path "$NYU_RAW") labels=(--data nyu --data_path "$NYU")
+  local depth="--steps 508800 --batch_size 8 --min_depth 0.1 --max_depth 10"
+  depth+=" --learning_rate 1e-4 --learning_rate_drop 0.5 --learning_rate_factor 0.5"
+  local batch=16 tuning="--steps 20000 --learning_rate 1e-4 --eval_every 1000"
+  each "none imagenet depth" "resnet18 resnet50" unet all all
+}
+
+release() {  # what the authors' release does otherwise, and Monodepth2's start and border
+  each "none imagenet depthrand parity" resnet18 unet all 16
+  each "none imagenet depthrand" resnet18 unet all 16 twice --normalize_twice
+  each "none calibrated imagenet depthrand" resnet18 unet frozen 16
+  each "none imagenet depthrand" resnet18 unet all 16 batchnorm --freeze_batch_norm_only
+}
+
+real() {  # the claim: video of one KITTI drive, few labels of KITTI and CamVid, a pre-training for each seed
+  local RUNS=$REAL seeds=$SEEDS SEEDS seed_of_video=yes main=stereo
+  local video=(--data kitti --data_path "$KITTI_RAW" --drives 2011_09_26_drive_0013_sync)
+  local size depth flow reconstruction batch=${BATCH:-4} tuning
+  size=$(size_options ${SIZE:-96 320})
+  depth="--steps ${STEPS:-2000} --batch_size $batch --learning_rate 2e-4 --num_workers 0"
+  flow=$depth reconstruction=$depth tuning="--steps ${TUNING_STEPS:-300} --learning_rate 5e-4 --num_workers 0"
+  tuning+=" --eval_every ${TUNING_STEPS:-300}"
+  # the primary contrasts first: frozen, encoder only
+  for SEEDS in $seeds; do
+    on_real_labels "calibrated shuffled-encoder lidar-encoder flow-encoder depthrand-encoder" efficientnet_lite0 frozen
+    on_real_labels "imagenet depth-encoder" efficientnet_lite0 frozen
+  done
+  for SEEDS in $seeds; do
+    on_real_labels "calibrated shuffled-encoder lidar-encoder flow-encoder depthrand-encoder" resnet18 frozen
+  done
+  for SEEDS in $seeds; do
+    depth_quality "shuffled lidar depthrand depth" efficientnet_lite0
+    on_real_labels "none reconstruction-encoder release-encoder" efficientnet_lite0 frozen
+    on_real_labels "shuffled lidar depthrand depth reconstruction release" efficientnet_lite0 frozen
+    on_real_labels "none imagenet shuffled-encoder lidar-encoder flow-encoder" efficientnet_lite0 all
+    on_real_labels "depthrand-encoder depth-encoder reconstruction-encoder release-encoder" efficientnet_lite0 all
+    on_real_labels "shuffled lidar depthrand depth reconstruction release" efficientnet_lite0 all
+  done
+  for SEEDS in $seeds; do
+    depth_quality "shuffled lidar depthrand" resnet18
+    on_real_labels "none reconstruction-encoder release-encoder" resnet18 frozen
+    on_real_labels "shuffled lidar depthrand reconstruction release" resnet18 frozen
+    on_real_labels "none shuffled-encoder lidar-encoder flow-encoder" resnet18 all
+    on_real_labels "depthrand-encoder reconstruction-encoder release-encoder" resnet18 all
+    on_real_labels "shuffled lidar depthrand reconstruction release" resnet18 all
+  done
+}
+
+everything="core table1 table2 table3 table4 table5 table6 fig2 fig3 fig4 fig5 fig6 fig7 fig8 release real"
+
+# ------------------------------------------------------------------------------------------- jobs
+
+# job SCRIPT OPTION…: one line, a complete command
 job() {
-  local name=$prefix$1 script=$2
-  shift 2
-  printf '%q ' "$PYTHON" "$script" --name "$name" --log_dir "$RUNS" "$@"
+  printf '%q ' "$PYTHON" "$@"
   echo
+}
+
+# what a kind of pre-training adds to the data, the encoder and the size
+pretraining() {
+  case $1 in
+    depthrand) echo "--supervision $main $depth" ;;
+    depth | large) echo "--supervision $main --init imagenet $depth" ;;
+    cropped) echo "--supervision $main --init imagenet ${depth/--crop 512 512/--crop 256 256}" ;;
+    parity) echo "--supervision $main --monodepth2 $depth" ;;
+    mono | stereo) echo "--supervision $1 $depth" ;;
+    lidar) echo "--supervision depth $depth" ;;
+    shuffled) echo "--supervision depth --shuffle_depth $SEEDS $depth" ;;
+    flow) echo "--task flow $flow" ;;
+    flowimagenet) echo "--task flow --init imagenet $flow" ;;
+    reconstruction) echo "--task reconstruction $reconstruction" ;;
+    release) echo "--task reconstruction --reconstruction release $reconstruction" ;;
+  esac
+}
+
+# Monodepth2's published weights of a pre-training, nothing where there are none
+published() {
+  case ${PUBLISHED:+$prefix$1_$2} in
+    depth_resnet18) echo mono+stereo_640x192 ;;
+    depthrand_resnet18) echo mono+stereo_no_pt_640x192 ;;
+    mono_resnet18) echo mono_no_pt_640x192 ;;
+    stereo_resnet18) echo stereo_no_pt_640x192 ;;
+    large_resnet18) echo mono+stereo_1024x320 ;;
+    depth_resnet50) echo mono_resnet50_640x192 ;;
+    depthrand_resnet50) echo mono_resnet50_no_pt_640x192 ;;
+  esac
+}
+
+# weights that others have published under these names
+downloaded() {
+  case $1 in
+    coco) echo deeplabv3_resnet50_coco-cd0a2569.pth ;;
+    dino) echo dino_resnet50_pretrain.pth ;;
+    moco) echo moco_v2_800ep_pretrain.pth.tar ;;
+    vit) echo vit_large_patch16_384.augreg_in21k_ft_in1k.safetensors ;;
+    dpt) echo dpt_large-midas-2f21e586.pt ;;
+    mae) echo mae_pretrain_vit_large.pth ;;
+    dinov2) echo dinov2_vitl14_pretrain.pth ;;
+    depthanything) echo depth_anything_vitl14.pth ;;
+    *) published "$1" "$2" ;;
+  esac
 }
 
 # pretrain KIND ENCODER
-# shellcheck disable=SC2086  # the settings above are words
 pretrain() {
-  local kind=$1 to=(--encoder "$2" ${CACHE:+--cache "$CACHE"})
-  if [ ${#video[@]} -gt 0 ]; then to+=("${video[@]}"); else to+=("${data[@]}"); fi
-  case $kind in
-    depth) job "depth_$2" train_depth.py "${to[@]}" --supervision $main --init imagenet $size $depth ;;
-    depthrand) job "depthrand_$2" train_depth.py "${to[@]}" --supervision $main $size $depth ;;
-    cropped) job "cropped_$2" train_depth.py "${to[@]}" --supervision $main --init imagenet $size $depth --crop 256 256 ;;
-    resized) job "resized_$2" train_depth.py "${to[@]}" --supervision $main $other $depth ;;
-    lidar) job "lidar_$2" train_depth.py "${to[@]}" --supervision depth $size $depth ;;
-    stereo | mono) job "${kind}_$2" train_depth.py "${to[@]}" --supervision "$kind" $size $depth ;;
-    flow) job "flow_$2" train_depth.py "${to[@]}" --task flow $size $flow ;;
-    reconstruction) job "reconstruction_$2" train_depth.py "${to[@]}" --task reconstruction $size $reconstruction ;;
-  esac
+  local name=$prefix$1_$2${seed_of_video:+_seed$SEEDS} input=$size
+  [ "$1" != large ] || input=$large
+  job train_depth.py --name "$name" --log_dir "$RUNS" "${video[@]}" --encoder "$2" $input $(pretraining "$1") \
+    --seed "$([ -n "$seed_of_video" ] && echo "$SEEDS" || echo 0)" ${CACHE:+--cache "$CACHE"}
 }
 
-# finetune INIT ENCODER ARCH MODE IMAGES [TAG OPTION...]: the pre-training that INIT needs, then one job a seed
-# INIT: none, imagenet, a KIND of pretrain (KIND-encoder leaves the decoder fresh), or a downloaded checkpoint
-# MODE: all, frozen; IMAGES for training, or all; a TAG names what the OPTIONs change
-# shellcheck disable=SC2086
+# finetune PRE-TRAINING ENCODER ARCHITECTURE all|frozen IMAGES [TAG OPTION…]
 finetune() {
-  local init=$1 encoder=$2 arch=$3 mode=$4 images=$5 tag=${6:+_$6} seed from options=()
+  local init=$1 kind=${1%-*} encoder=$2 arch=$3 tuned=$4 images=$5 tag=${6:+_$6} seed from file options=()
   shift $(($# < 6 ? $# : 6))
-  case $init in
-    none | imagenet) from=$init ;;
-    moco) from=$WEIGHTS/moco_v2_800ep_pretrain.pth.tar ;;
-    dino) from=$WEIGHTS/dino_resnet50_pretrain.pth ;;
-    coco) from=$WEIGHTS/deeplabv3_resnet50_coco-cd0a2569.pth ;;
-    vit) from=$WEIGHTS/vit_l_16-852ce7e3.pth ;;
-    dpt) from=$WEIGHTS/dpt_large-midas-2f21e586.pt ;;
-    mae) from=$WEIGHTS/mae_pretrain_vit_large.pth ;;
-    dinov2) from=$WEIGHTS/dinov2_vitl14_pretrain.pth ;;
-    depthanything) from=$WEIGHTS/depth_anything_vitl14.pth ;;
-    *) pretrain "${init%-encoder}" "$encoder" && from=$RUNS/$prefix${init%-encoder}_$encoder ;;
+  file=$(downloaded "$kind" "$encoder")
+  case $kind in
+    none | imagenet) from=$kind ;;
+    calibrated) from=none options+=(--calibrate_batch_norm) ;;
+    *)
+      if [ -n "$file" ]; then
+        from=$WEIGHTS/$file
+      else
+        pretrain "$kind" "$encoder"
+        from=$RUNS/$prefix${kind}_$encoder${seed_of_video:+_seed$SEEDS}
+      fi
+      ;;
   esac
-  # a decoder is kept only where it is the same one: flow's takes two frames' features, DeepLab's head is its own
-  case $init-$arch in
-    none-* | imagenet-*) ;;
-    flow-* | *-encoder-* | moco-* | dino-* | coco-*) options+=(--init_parts encoder) ;;
-    *-unet) ;;
-    *) [ "$prefix$arch" = cityscapes_deeplabv3 ] || options+=(--init_parts encoder) ;;
+  case $init-$arch in  # another decoder than that of the pre-training starts from random weights
+    none-* | imagenet-* | calibrated-*) ;;
+    *-encoder-* | coco-* | dino-* | moco-* | *-dpt | *-linear) options+=(--init_parts encoder) ;;
+    *-deeplabv3) [ "$prefix" = cityscapes_ ] || options+=(--init_parts encoder) ;;
   esac
-  [ "$mode" = all ] || options+=(--freeze_encoder)
+  [ "$tuned" = all ] || options+=(--freeze_encoder)
   [ "$images" = all ] || options+=(--train_size "$images")
   options+=(--batch_size "$([ "$images" != all ] && [ "$images" -lt $batch ] && echo "$images" || echo $batch)")
   for seed in $SEEDS; do
-    job "seg_${init}_${encoder}_${arch}_${mode}_n$images${tag}_seed$seed" train_seg.py "${data[@]}" --encoder "$encoder" \
-      --arch "$arch" --init "$from" --split_seed "$seed" --seed "$seed" $size $labels ${options[@]+"${options[@]}"} "$@"
+    job train_seg.py --name "$prefix${of}seg_${init}_${encoder}_${arch}_${tuned}_n$images${tag}_seed$seed" \
+      --log_dir "$RUNS" "${labels[@]}" --encoder "$encoder" --arch "$arch" --init "$from" \
+      --split_seed "$seed" --seed "$seed" ${tuning_size:-$size} $tuning "${options[@]}" "$@"
   done
 }
 
-# pictures COMMAND FILE MODEL...: of runs, or of the first seed's 16-image fine-tunings from these initialisations
-pictures() {
-  local command=$1 file=$2 model weights=()
-  shift 2
-  for model in "$@"; do
-    [ "$model" != "${model#*/}" ] || model=$RUNS/seg_${model}_resnet18_unet_all_n16_seed${SEEDS%% *}
-    weights+=("$model")
-  done
-  printf '%q ' "$PYTHON" evaluate.py "$command" "${data[@]}" --output "$RUNS/$file" --weights "${weights[@]}"
-  echo
-}
-
-# ---------------------------------------------------------------------------------------------- tables and figures
-
-# each "INIT..." "ENCODER..." ARCH MODE IMAGES [TAG OPTION...]: `finetune` from every one
 each() {
   local init encoder
   for encoder in $2; do
@@ -129,143 +318,67 @@ each() {
   done
 }
 
-paper="none imagenet depthrand depth" ours="none flow reconstruction depthrand depthrand-encoder"
-
-core() {  # what one reads first: every pre-training of our own from random weights
-  each "$ours" resnet18 unet all 16
-  each "$ours" resnet18 unet frozen 16
-  pictures grid core.png "$RUNS/depthrand_resnet18" none flow reconstruction depthrand
+# on_real_labels "PRE-TRAINING…" ENCODER all|frozen: KITTI's labels without frames of the video, and CamVid's
+on_real_labels() {
+  local of=kitti_ tuning_size=$size labels=(--data kitti --data_path "$KITTI_LABELS")
+  each "$1" "$2" unet "$3" 16 "" --leave_out 000018 000019 000020 000021
+  of=camvid_ tuning_size=$(size_options ${CAMVID_SIZE:-192 256}) labels=(--data camvid --data_path "$CAMVID")
+  each "$1" "$2" unet "$3" 16
+  each "$1" "$2" unet "$3" 64
 }
 
-table1() {  # KITTI, 16 images: initialisations, architectures, frozen encoder
-  each "$paper" "resnet18 resnet50" unet all 16
-  each "$paper" resnet50 deeplabv3 all 16
-  each "$paper" "resnet18 resnet50" unet frozen 16
-}
-
-table2() { each "none mono stereo lidar" resnet18 unet all 16; }  # forms of depth supervision
-
-table3() {  # the encoder alone, and a vision transformer
-  each "none imagenet depthrand-encoder depth-encoder" "resnet18 resnet50" unet all 16
-  each "vit dpt" vit_l16 dpt all 16 lr5e-8 --learning_rate 5e-8
-}
-
-table4() { each "none depthrand depth reconstruction flow coco dino moco" resnet50 unet all 16; }  # other pre-trainings
-
-# shellcheck disable=SC2034  # `finetune` and `pretrain` read these
-table5() {  # Cityscapes, DeepLabV3, all images: the full schedule with jitter, and a controlled one
-  local data=(--data cityscapes --data_path "${CITYSCAPES:-data/cityscapes}") prefix=cityscapes_ main=depth init rate
-  local size="--height 1024 --width 2048" depth="--arch deeplabv3 --steps 60000 --batch_size 8"
-  local batch=32 labels="--crop 512 512 --optimizer sgd --schedule poly"
-  for init in none imagenet depth cropped; do
-    rate=0.1
-    [ $init != imagenet ] || rate=0.01
-    finetune $init resnet50 deeplabv3 all all full --steps 50000 --jitter 0.5 --learning_rate $rate
-    finetune $init resnet50 deeplabv3 all all controlled --steps 20000 --learning_rate $rate
+# other_domain NAME ROOT "SIZE" "CROP" STEPS: MAE has patches of 16, the others of 14
+other_domain() {
+  local prefix=$1_ labels=(--data "$1" --data_path "$2") batch=16 tuning="$recipe" tuning_size init encoder
+  for init in mae dinov2 depthanything; do
+    encoder=vit_l14 tuning_size="$(size_options $3) --crop $4"
+    [ $init != mae ] || encoder=vit_l16 tuning_size=${tuning_size//518/512}
+    finetune $init $encoder dpt all all "" --dpt_layers last --steps "$5" --learning_rate 3e-5 --encoder_learning_rate_factor 0.1
+    finetune $init $encoder linear frozen all "" --steps "$5" --learning_rate 1e-3
   done
 }
 
-# shellcheck disable=SC2034
-table6() {  # large-scale pre-trainings on other domains: fine-tuned, and a linear probe
-  local name data prefix size init batch=16 labels="--steps 40000 --learning_rate 1e-5"
-  for name in ade20k voc cityscapes; do
-    case $name in
-      ade20k) data=(--data ade20k --data_path "${ADE20K:-data/ade20k}") size="--height 896 --width 896" ;;
-      voc) data=(--data voc --data_path "${VOC:-data/voc}") size="--height 560 --width 560" ;;
-      cityscapes) data=(--data cityscapes --data_path "${CITYSCAPES:-data/cityscapes}") size="--height 448 --width 896" ;;
-    esac
-    prefix=${name}_
-    for init in mae dinov2 depthanything; do
-      finetune $init "$([ $init = mae ] && echo vit_l16 || echo vit_l14)" dpt all all
-      finetune $init "$([ $init = mae ] && echo vit_l16 || echo vit_l14)" linear frozen all lr1e-3 --learning_rate 1e-3
+size_options() { echo "--height $1 --width $2"; }
+
+# draw COMMAND FILE OPTION…
+draw() { job evaluate.py "$1" "${labels[@]}" --output "$RUNS/$2" "${@:3}"; }
+
+# picture COMMAND FILE ENCODER "PRE-TRAINING…": of the first seed's fine-tunings on 16 images
+picture() {
+  local init weights=()
+  for init in $4; do weights+=("$RUNS/seg_${init}_$3_unet_all_n16_seed${SEEDS%% *}"); done
+  draw "$1" "$2" --weights "${weights[@]}"
+}
+
+# training_scores "PRE-TRAINING…" REST-OF-NAME: scores on the training images, into each run's train.json
+training_scores() {
+  local init seed run
+  for init in $1; do
+    for seed in $SEEDS; do
+      run=$RUNS/${prefix}seg_${init}_$2_seed$seed
+      job evaluate.py seg --split train "${labels[@]}" --output "$run/train" --weights "$run"
     done
   done
 }
 
-fig2() { each "$paper" "resnet18 resnet50" unet all 16; }  # curves of training from each initialisation
-
-fig3() {  # size of the training set
-  local images
-  for images in 8 16 32 64 128; do each "$paper" resnet18 unet all $images; done
-}
-
-fig4() { each "$paper" "resnet18 resnet50" unet frozen 16; }  # frozen encoders
-
-# shellcheck disable=SC2086
-fig5() {  # pre-training at one resolution, fine-tuning at another, both ways
-  each "depthrand resized" resnet18 unet all 16
-  each "none depthrand" resnet18 unet all 16 resized $other
-}
-
-# shellcheck disable=SC2086
-fig6() {  # activations of a shallow layer, and segmentations
-  each "$paper" resnet18 unet all 16
-  pictures gradcam fig6.png $paper
-}
-
-fig7() {  # depth helps, flow hurts
-  each "none flow depthrand depth" resnet18 unet all 16
-  each "none flow depthrand depth" resnet18 unet frozen 16
-}
-
-# shellcheck disable=SC2034
-fig8() {  # NYU-v2
-  local data=(--data nyu --data_path "${NYU:-data/nyu}") prefix=nyu_ main=depth
-  local size="--height 384 --width 448" depth="--steps 100000 --batch_size 8 --min_depth 0.1 --max_depth 10"
-  local batch=16 labels="--steps 20000 --learning_rate 1e-4"
-  each "none imagenet depth" "resnet18 resnet50" unet all all
-}
-
-release() {  # two behaviours of the authors' release: inputs normalised twice, a "freeze" of batch norm alone
-  each "none imagenet depthrand" resnet18 unet all 16 twice --normalize_twice
-  each "none imagenet depthrand" resnet18 unet frozen 16
-  each "none imagenet depthrand" resnet18 unet all 16 batchnorm --freeze_batch_norm_only
-}
-
-# shellcheck disable=SC2034
-camvid() {  # real video to real labels, small: stereo pairs of KITTI's drives, then 16 and 64 images of CamVid
-  local data=(--data camvid --data_path "${CAMVID:-data/camvid}") video=(--data kitti --data_path "${KITTI:-data/kitti}")
-  local prefix=camvid_ main=stereo small="--batch_size 4 --num_workers 0" size="" batch=4 mode init rate part
-  local depth="--height 64 --width 192 --steps 3000 --learning_rate 2e-4 $small"
-  local flow=$depth reconstruction=$depth
-  local labels="--height 96 --width 128 --steps 300 --learning_rate 5e-4 --eval_every 60 --num_workers 0"
-  each "$ours" resnet18 unet all 16
-  each "$ours" resnet18 unet frozen 16
-  # two behaviours of the authors' release
-  each "none depthrand-encoder" resnet18 unet all 16 twice --normalize_twice
-  each "none depthrand-encoder" resnet18 unet all 16 batchnorm --freeze_batch_norm_only
-  # four times the images, twice the steps
-  for mode in all frozen; do each "$ours" resnet18 unet $mode 64 "" --steps 600 --eval_every 120; done
-  # other learning rates, the same for each
-  for rate in 2e-4 1e-3; do each "$ours" resnet18 unet all 16 lr$rate --learning_rate $rate; done
-  local video_of=("${video[@]}") depth_of=$depth
-  for part in quarter short large; do  # pre-trained on a quarter of each drive, for a quarter of the steps, at another size
-    prefix=camvid_${part}_ video=("${video_of[@]}") depth=$depth_of
-    case $part in
-      quarter) video+=(--frames 0:36) ;;
-      short) depth=${depth/3000/750} ;;
-      large) depth=${depth/--height 64 --width 192/--height 96 --width 320} ;;
-    esac
-    reconstruction=$depth
-    each "reconstruction depthrand" resnet18 unet frozen 16
+# depth_quality "PRE-TRAINING…" ENCODER: errors on the video's own LiDAR, into each run's depth.json
+depth_quality() {
+  local kind run
+  for kind in $1; do
+    run=$RUNS/${kind}_$2_seed$SEEDS
+    job evaluate.py depth "${video[@]}" --scale median --output "$run" --weights "$run"
   done
 }
 
-# ---------------------------------------------------------------------------------------------- running
-
-everything="core table1 table2 table3 table4 table5 table6 fig2 fig3 fig4 fig5 fig6 fig7 fig8 release camvid"
-
-
-# list NAME... [STAGE]: the jobs, none twice
+# list NAME… [STAGE]: the jobs, none twice
 list() {
-  local script=
+  local script="" name
   case ${*: -1} in
     pretraining) script=train_depth.py ;;
     finetuning) script=train_seg.py ;;
-    pictures) script=evaluate.py ;;
+    evaluation) script=evaluate.py ;;
   esac
   [ -z "$script" ] || set -- "${@:1:$#-1}"
-  # shellcheck disable=SC2086
   [ $# -gt 0 ] || set -- $everything
   for name in "$@"; do
     [[ " $everything " == *" $name "* ]] || { echo "error: '$name' is none of: list $everything" >&2 && exit 2; }
@@ -273,39 +386,24 @@ list() {
   for name in "$@"; do $name; done | awk -v script="${script:- }" 'index($0, script) && !seen[$0]++'
 }
 
-# one COMMAND: run it unless it is done; exit code 255 stops the others
-one() {
-  local name log code=0
-  name=$(sed -E 's/.* --(name|output) (([^ \\]|\\.)+) .*/\2/; s/.*\///' <<< "$1")  # \. is an escaped space
-  log="$RUNS/logs/$name.txt"
-  if [ -f "$RUNS/$name/result.json" ]; then
-    echo "done already: $name"
-    return
-  fi
-  bash -c "$1" > "$log" 2>&1 < /dev/null || code=$?
-  case $code in
-    0) echo "$(date +%H:%M:%S) $name: $(tail -n 1 "$log")" ;;
-    75) echo "stopped, saved: $name" >&2 && exit 255 ;;
-    *) echo "failed with exit code $code: $name: $(tail -n 1 "$log")" >&2 && exit 1 ;;
-  esac
-}
-export -f one
+# ------------------------------------------------------------------------------------------- running
 
 if [ "${1:-}" = list ]; then
   list "${@:2}"
   exit
 fi
 [ $# -gt 0 ] || set -- core
-list "$@" > /dev/null  # refuses an unknown name
-mkdir -p "$RUNS/logs"
-if [ "$DATA" = synthetic ] && [ ! -e "$DATA_PATH" ]; then
-  "$PYTHON" datasets.py render --data_path "$DATA_PATH"
+jobs=$(list "$@")  # refuses an unknown name
+case " $* " in
+  " real ") RUNS=$REAL ;;
+  *" real "*) echo "error: real has runs of its own: give it alone" >&2 && exit 2 ;;
+esac
+mkdir -p "$RUNS"
+if [ "$DATA" = synthetic ] && [ "$RUNS" != "$REAL" ] && [ ! -e "$STREET" ]; then
+  "$PYTHON" tools/street.py --data_path "$STREET" --labelled 80 --preview "$RUNS/street.png"
 fi
-failed=0
-for stage in pretraining finetuning pictures; do  # a job that fails does not keep the others from their results
-  # shellcheck disable=SC2016  # the inner shell expands $0
-  list "$@" $stage | tr '\n' '\0' | xargs -0 -r -n 1 -P "$JOBS" bash -c 'one "$0"' || failed=$?
-  [ $failed != 124 ] || exit 75  # xargs's code for a 255, a job stopped by a signal
-done
-"$PYTHON" evaluate.py tables --log_dir "$RUNS"
-[ $failed = 0 ] || { echo "error: some jobs failed, see above and $RUNS/logs" >&2 && exit 2; }
+code=0
+"$PYTHON" tools/run_jobs.py --jobs "$JOBS" <<< "$jobs" || code=$?
+[ $code != 75 ] || exit 75
+"$PYTHON" tools/tables.py --log_dir "$RUNS" --tables "$@" --page
+exit $code

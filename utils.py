@@ -1,111 +1,156 @@
-"""What the scripts share: the run folder and its options, several processes, signals, exit codes."""
+"""What the scripts share: exit codes, devices, several processes, the run folder, running means."""
 
 import argparse
 import atexit
 import fcntl
 import json
-import multiprocessing
 import os
+import pickle
 import re
-import shutil
 import signal
-import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
-STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL: run the command again)
+from pictures import colour_depth, colour_flow, colour_labels, colour_values, picture_grid, to_picture  # noqa: F401  TEMPORARY
+
+IGNORE = 255  # train id of pixels without a label
+STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-MAY_CHANGE = {"resume", "detect", "device", "num_workers", "log_dir", "log_every", "save_every", "cache",
-              "on_bad_sample", "tensorboard"}  # options that may differ when a run goes on
+COMPILE_FROM = 2000  # steps from which compiling pays on a GPU
+# harmless things beside the tensors of a file
+NUMPY_SCALARS = [np._core.multiarray.scalar, np.dtype,
+                 *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))]
 
-
+# ---- exit codes and options --------------------------------------------------------------------
 class InputError(Exception):
     """A bad option or input: one line for the user, exit code 2."""
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Call a script's main and turn its outcome into the exit codes of the README."""
-    sys.stdout.reconfigure(line_buffering=True)  # in a log, too, lines come at once and an error comes last
+    """Calls a script's main. Bad input ends in one line and code 2; a defect shows its traceback."""
+    sys.stdout.reconfigure(line_buffering=True)  # an error comes last, in a log, too
     try:
         sys.exit(main() or 0)
-    except (InputError, OSError) as error:  # that of a loader process comes with its traceback above
-        line = re.sub(r"^(utils.InputError: |\[Errno \d+\] )", "", str(error).strip().splitlines()[-1])
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(1 if "DataLoader worker" in line else 2)  # its death may be told of while a checkpoint is written
-    except RuntimeError as error:
-        if dist.is_initialized() and re.search("gloo|NCCL|onnection|imed out", str(error)):
-            error = f"another process of this run has ended, so this one does too; the same command continues ({error})"
-        elif not re.search("DataLoader worker|allocate", str(error)):  # killed from outside, or out of memory
-            raise
-        sys.exit(f"error: {str(error).splitlines()[0]}")
+    except InputError as error:
+        line = str(error).strip().splitlines()[-1]  # a loader process adds its traceback above
+        print(f"error: {line.removeprefix('utils.InputError: ')}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
-            if child.daemon:  # loader processes, which leave signals alone, so that waiting for their end never ends
-                child.kill()
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose complaints are one line, like those about any other bad input."""
-
     def error(self, message: str) -> None:
-        raise InputError(re.sub("^argument (.+?): ", r"\1 ", message))  # --steps 0 is not ...
+        raise InputError(message.removeprefix("argument "))  # one line, like any other bad input
 
 
 def within(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
-    """A type for options: an int or float from low to high."""
+    """An option's type: an int or float from low to high."""
+
     def parse(text: str) -> float:
-        if not low <= kind(text) <= high:  # NaN fails this, too
+        value = kind(text)
+        if not low <= value <= high:  # refuses NaN, too
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return kind(text)
-    parse.__name__ = kind.__name__  # argparse says so where text is no number
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
     return parse
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a run folder, of both training scripts."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--name", help="folder below --log_dir (default: made of the options)")
-    group.add_argument("--log_dir", default="runs", help="where run folders go")
-    group.add_argument("--seed", type=within(int, 0), default=0, help="of weights, order and augmentation")
-    group.add_argument("--resume", action="store_true",
-                       help="demand a checkpoint to continue from; one that is there is used in any case")
-    group.add_argument("--detect", action="store_true", help="name the layer where a loss or gradient is not finite")
-    group.add_argument("--tensorboard", action="store_true", help="write what is logged for TensorBoard as well")
-    group.add_argument("--log_every", type=within(int, 1), default=50, help="steps between log records")
-    group.add_argument("--save_every", type=within(int, 1), default=1000, help="steps between checkpoints")
+    """Options of a run folder, for both training scripts."""
+    add = parser.add_argument_group("run").add_argument
+    add("--name", help="folder below --log_dir (default: made of the options)")
+    add("--log_dir", default="runs", help="where run folders go")
+    add("--seed", type=within(int, 0), default=0, help="seed of weights, order and augmentation")
+    add("--resume", action="store_true", help="demand a checkpoint; one that exists is used anyway")
+    add("--tensorboard", action="store_true", help="log for TensorBoard as well")
+    add("--log_every", type=within(int, 1), default=50, help="steps between log records")
+    add("--save_every", type=within(int, 1), default=1000, help="steps between checkpoints")
 
 
-# ---------------------------------------------------------------------------------------------- several processes
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Options that cost or save time and memory, for both training scripts."""
+    add = parser.add_argument_group("speed").add_argument
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, help="cpu, cuda or cuda:N")
+    add("--amp", choices=("auto", "none", "bf16"), default="auto",
+        help="networks in bfloat16, heads and losses in float32 (auto: on a GPU)")
+    add("--compile", choices=("auto", "none", "all"), default="auto",
+        help="torch.compile of networks and losses as one function "
+             f"(auto: on a GPU from {COMPILE_FROM} steps)")
 
-def join_ranks(args: argparse.Namespace) -> None:
-    """Under `torchrun`, meet the other processes. The batch is shared out, on GPUs one each; rank 0 alone writes.
+# ---- the device --------------------------------------------------------------------------------
+def pick_device(name: str) -> torch.device:
+    """The device called cpu, cuda or cuda:N; raises InputError where it does not exist."""
+    count = torch.cuda.device_count()
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not match or (name != "cpu" and int(match[1] or 0) >= count):
+        raise InputError(f"--device {name}: use cpu, cuda or cuda:N; CUDA devices here: {count}")
+    return torch.device(name)
 
-    Numbers on the CPU go through gloo, those on GPUs through NCCL.
+
+def autocast(args: argparse.Namespace, device: torch.device) -> Callable:
+    """Makes contexts for the networks: bfloat16 where --amp says so."""
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    enabled = args.amp == "bf16" or (args.amp == "auto" and auto)
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=enabled)
+
+
+def prepare(module: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """Fits what trains to the device. This is the one place that decides on compiling.
+
+    On a GPU, a compiled step is replayed as a CUDA graph. On a CPU, compiling was measured to
+    bring nothing, so `auto` stays eager there.
     """
+    long_enough = device.type == "cuda" and args.steps >= COMPILE_FROM
+    compiled = args.compile == "all" or (args.compile == "auto" and long_enough)
+    if device.type == "cuda":
+        module = module.to(memory_format=torch.channels_last)
+    if processes() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        module = nn.parallel.DistributedDataParallel(module, device_ids=ids)
+    if compiled:
+        graphs = device.type == "cuda" and processes() == 1
+        module = torch.compile(module, mode="reduce-overhead" if graphs else "default")
+        print("compiling networks and losses: the first step takes a minute or two")
+    return module
+
+# ---- several processes -------------------------------------------------------------------------
+def join_processes(args: argparse.Namespace) -> None:
+    """Under `torchrun`, meets the other processes. They share each batch; rank 0 alone writes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return
-    if args.batch_size % world or args.benchmark or args.on_bad_sample == "skip":
-        raise InputError(f"{world} processes need a --batch_size that {world} divides (that of all together), and "
-                         "neither --benchmark nor --on_bad_sample skip")
-    if args.sync_bn and args.device == "cpu":
-        raise InputError("--sync_bn is for GPUs: on the CPU torch has no batch norm over several processes")
+    if args.batch_size % world:
+        raise InputError(f"--batch_size {args.batch_size} is no multiple of the {world} processes")
+    if args.arch == "deeplabv3" and args.batch_size < 2 * world:
+        raise InputError(f"--batch_size {args.batch_size} gives each of {world} processes one image, "
+                         "and DeepLabV3's batch norm takes two")
     if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} processes on this machine, "
+                             f"{torch.cuda.device_count()} GPUs: start one process a GPU")
+        args.device = f"cuda:{local}"
+        torch.cuda.set_device(local)
     dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
     atexit.register(dist.destroy_process_group)
-    if rank():
+    if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
 
 
@@ -113,98 +158,116 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks() -> int:
+def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(batch: torch.Tensor | list) -> torch.Tensor | list:
-    """This process's part of a batch."""
-    return batch[rank()::ranks()]
-
-
-def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor (without gradient) over all processes."""
-    if ranks() > 1:
+def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor, without gradient, over all processes."""
+    if processes() > 1:
         value = value.detach().clone()
         dist.all_reduce(value)
-        value = value / ranks()
-    return value
+    return value / processes()
 
 
-def wait_for_ranks() -> None:
-    mean_over_ranks(torch.zeros(()))
+def balance(mask: torch.Tensor) -> torch.Tensor:
+    """This process's share of the mask's pixels, 1 where all have as many.
 
-
-def average_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """After backward: every process goes on with the gradient of the whole batch."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if ranks() > 1 and gradients:
-        whole = mean_over_ranks(torch.cat([g.flatten() for g in gradients]))
-        for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_previous: bool = False) -> None:
-    """`write(file)`, flushed to disk and renamed: readers see the old file or the new one, never a part.
-
-    keep_previous: the old file becomes PATH.1; a crash between the two renames leaves that alone.
+    Times this, the mean over one process's pixels averages to the mean over the whole batch.
     """
-    temporary = f"{path}.tmp"
+    count = mask.sum().float()
+    return count.clamp(min=1) / mean_over_processes(count).clamp(min=1)
+
+
+def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_old: bool = False) -> None:
+    """`write(file)`, flushed to disk and renamed; keep_old: the file before becomes PATH.1."""
     try:
-        with open(temporary, "wb") as file:
+        with open(f"{path}.tmp", "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if keep_previous and os.path.exists(path):
+        if keep_old and os.path.exists(path):
             os.replace(path, f"{path}.1")
-        os.replace(temporary, path)
+        os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
-            os.remove(temporary)
-        reason = error if isinstance(error, OSError) else error.__context__ or error  # torch.save adds one of its own
-        raise InputError(f"could not write {path}: {reason} (what was there before is untouched)") from None
+            os.remove(f"{path}.tmp")
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"could not write {path}: {cause} (what was there is untouched)") from None
 
 
 def save_json(path: str, content: dict) -> None:
+    """Writes a dict as JSON, all of it or nothing."""
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
 
 
-class Run:
-    """The run folder `<log_dir>/<name>`: args.json, log.jsonl, last.pt, last.pt.1, model.pt, result.json, samples/.
+def read_tensors(path: str) -> dict:
+    """A checkpoint as a dict of tensors and builtins; nothing in the file is ever executed.
 
-    Continues a run that has a checkpoint (`read_last` reads it), after checking that its options are those of this
-    command; `finished` when there is nothing left to do. Raises InputError when another process runs there.
+    Raises InputError where the file is missing, damaged, or needs code to be read.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"no checkpoint at {path}")
+    reason = "it is damaged"
+    try:
+        if not zipfile.is_zipfile(path) or not zipfile.ZipFile(path).testzip():  # checksums
+            with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_SCALARS]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                if isinstance(content, dict):
+                    return content
+                reason = f"it holds a {type(content).__name__}, not a dict"
+    except pickle.UnpicklingError as error:
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {held[1]}, which is code" if held else reason
+    except Exception:  # noqa: BLE001, S110  (a damaged file can fail anywhere in a reader)
+        pass
+    raise InputError(f"{path} is not a readable checkpoint of tensors: {reason}")
+
+# ---- the run folder ----------------------------------------------------------------------------
+# Options with which a run may go on under another value.
+MAY_CHANGE = {"resume", "device", "compile", "num_workers", "log_dir", "log_every", "save_every",
+              "cache", "data_path", "tensorboard"}
+# Defaults of the first edition's options that went or changed: with these its runs continue.
+FIRST_EDITION = {"depth_loss": "l1", "min_motion": 0, "patches": "rectangles",
+                 "average_sources": False, "depth_scale": 1000}
+
+
+class Run:
+    """`<log_dir>/<name>`: args.json, log.jsonl, last.pt, model.pt, result.json, samples/.
+
+    Continues a run that has a checkpoint. Raises InputError where its options are not those of
+    this command, and where another process runs in the folder.
     """
 
-    def __init__(self, args: argparse.Namespace, script: str, read_last: Callable[[str], dict | None]):
+    def __init__(self, args: argparse.Namespace, script: str, defaults: argparse.Namespace):
         if not re.fullmatch(r"\w[\w.+=-]*", args.name):
-            raise InputError(f"--name {args.name!r}: letters, digits and . _ + = - only (it names a folder)")
-        self.args, self.folder, self.board = args, os.path.join(args.log_dir, args.name), None
-        self.signalled, self.writes = False, rank() == 0
-        if args.resume and not any(os.path.exists(self.path(name)) for name in ("last.pt", "last.pt.1")):
-            raise InputError(f"--resume: there is no {self.path('last.pt')}")
+            raise InputError(f"--name {args.name!r}: letters, digits and . _ + = - only")
+        self.args = args
+        self.folder = os.path.join(args.log_dir, args.name)
+        self.writes = rank() == 0
+        self.board = None  # a TensorBoard writer
+        self.signalled = False
         if self.writes:
             self._lock()
-        else:
-            wait_for_ranks()  # until the first has put in order what has to be
         self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
+        if not self.writes:
+            self.stops()  # waits until rank 0 has put the folder in order
         self.checkpoint = read_last(self.path("last.pt"))
+        if self.writes:
+            self.stops()
+        if args.resume and self.checkpoint is None:
+            raise InputError(f"--resume: there is no {self.path('last.pt')}")
         if self.checkpoint is not None:
-            self._refuse_other_options(self.checkpoint["args"])
+            self._refuse_other_options(self.checkpoint["args"], vars(defaults))
         elif self.writes and not self.finished:
-            self._describe(script)
-        if self.writes:
-            wait_for_ranks()
-        if self.finished:
-            return
-        for each in SIGNALS:
-            signal.signal(each, self._on_signal)
-        if self.writes:
-            self.log_file = open(self.path("log.jsonl"), "a", buffering=1)  # noqa: SIM115  (open as long as the run)
-            known = self.checkpoint["log_size"] if self.checkpoint else 0
-            self.log_file.truncate(min(known, self.log_file.tell()))  # later records are of steps that are run again
+            command = " ".join([script, *sys.argv[1:]])
+            save_json(self.path("args.json"), {"script": script, "command": command,
+                                               "options": vars(args), "torch": torch.__version__})
+        if not self.finished:
+            for each in SIGNALS:
+                signal.signal(each, self._on_signal)
+            if self.writes:
+                self._open_log()
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -212,25 +275,38 @@ class Run:
     def _lock(self) -> None:
         try:
             os.makedirs(self.path("samples"), exist_ok=True)
-            self.lock = open(self.path("lock"), "w")  # noqa: SIM115  (held as long as the process lives)
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
+            self.lock = open(self.path("lock"), "w")  # noqa: SIM115  (held to the end)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{self.folder}: another process runs there; give another --name") from None
+            raise InputError(f"{self.folder}: another process runs there") from None
+        except OSError as error:
+            raise InputError(f"{self.folder}: {error.strerror}") from None
 
-    def _refuse_other_options(self, then: dict) -> None:
+    def _refuse_other_options(self, then: dict, defaults: dict) -> None:
         now = vars(self.args)
-        differing = [f"--{k} {then.get(k)} there, {now.get(k)} now" for k in sorted(now.keys() | then.keys())
-                     if now.get(k) != then.get(k) and k not in MAY_CHANGE]
+        differing = []
+        for key in sorted((then.keys() | now.keys()) - MAY_CHANGE):
+            before = then.get(key, defaults.get(key))
+            after = now.get(key, FIRST_EDITION.get(key, before))
+            same = after in (before, [before])
+            renewed = before == FIRST_EDITION.get(key) and after == defaults.get(key)
+            if not same and not renewed:
+                differing.append(f"--{key} {before} there, {after} now")
         if differing:
-            raise InputError(f"{self.folder} is a run with other options ({'; '.join(differing)}): give another --name")
+            raise InputError(f"{self.folder} is a run with other options ({'; '.join(differing)}): "
+                             "give another --name")
 
-    def _describe(self, script: str) -> None:
-        git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--verify", "HEAD"]
-        commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        save_json(self.path("args.json"), {
-            "script": script, "command": " ".join([script, *sys.argv[1:]]), "options": vars(self.args),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-            "git_commit": commit or None})
+    def _open_log(self) -> None:
+        """Cuts off records of steps that will run again."""
+        self.log_file = open(self.path("log.jsonl"), "a", buffering=1)  # noqa: SIM115
+        known = self.checkpoint["log_size"] if self.checkpoint else 0
+        self.log_file.truncate(min(known, self.log_file.tell()))
+        if self.args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard needs a package: pip install tensorboard") from None
+            self.board = SummaryWriter(self.folder)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.signalled = True
@@ -238,15 +314,112 @@ class Run:
             signal.signal(each, signal.SIG_DFL)
 
     def stops(self) -> bool:
-        """Whether a signal has come, to any process; all of them ask at every step."""
-        return bool(mean_over_ranks(torch.tensor(float(self.signalled))))
+        """Whether a signal has come to any process; all of them ask at every step."""
+        return bool(mean_over_processes(torch.tensor(float(self.signalled))))
 
     def log(self, record: dict) -> None:
-        """One record, the same for people and as a line of JSON."""
+        """One record, for people and as a line of JSON."""
         if not self.writes:
             return
         self.log_file.write(json.dumps(record) + "\n")
-        if self.board is not None:
-            self.board(record)
-        tqdm.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                             for key, value in record.items()))
+        words = []
+        for key, value in record.items():
+            words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+            if self.board is not None and key != "step":
+                self.board.add_scalar(key, value, record["step"])
+        tqdm.write("  ".join(words))
+
+    def restore(self, optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module]) -> int:
+        """Loads the checkpoint, if any, into networks and optimiser. Returns the steps done."""
+        if self.checkpoint is None:
+            return 0
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint["model"][name])
+            optimizer.load_state_dict(self.checkpoint["optimizer"])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise InputError(f"{self.path('last.pt')} does not fit these networks ({reason}): "
+                             "give another --name") from None
+        for parameter, moments in optimizer.state.items():
+            for key, value in moments.items():  # fused Adam needs the parameter's memory format
+                if value.shape == parameter.shape:
+                    moments[key] = torch.empty_like(parameter).copy_(value)
+        return self.checkpoint["step"]
+
+    def save(self, step: int, options: dict, optimizer: torch.optim.Optimizer,
+             parts: dict[str, nn.Module]) -> None:
+        """Writes model.pt, to use, and last.pt, to continue; draws need no state of their own."""
+        if not self.writes:
+            return
+        state = {name: part.state_dict() for name, part in parts.items()}
+        for name, part in state.items():
+            if not all(torch.isfinite(value).all() for value in part.values()):
+                sys.exit(f"stopped: weights of the {name} are not finite after step {step}, "
+                         "nothing was overwritten")
+        model = {"options": {**options, "steps": step}, **state}
+        os.fsync(self.log_file.fileno())
+        last = {"step": step, "args": vars(self.args), "log_size": self.log_file.tell(),
+                "model": state, "optimizer": optimizer.state_dict()}
+        write_atomically(self.path("model.pt"), partial(torch.save, model))
+        write_atomically(self.path("last.pt"), partial(torch.save, last), keep_old=True)
+
+
+def read_last(path: str) -> dict | None:
+    """Loads last.pt, or None if absent; if damaged, falls back to last.pt.1."""
+    older = f"{path}.1"
+    found = [file for file in (path, older) if os.path.exists(file)]
+    kinds = {"step": int, "args": dict, "log_size": int, "model": dict, "optimizer": dict}
+    for file in found:
+        try:
+            checkpoint = read_tensors(file)
+        except InputError as error:
+            print(error)
+            continue
+        if all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
+            if file == older:
+                print(f"continuing from {older}")
+                os.replace(older, path)
+            return checkpoint
+    if found:
+        raise InputError(f"{path} is damaged, or no checkpoint of a run: delete it to start again")
+    return None
+
+
+class Meter:
+    """Means of loss terms and the time a step takes between two records; never waits for a GPU."""
+
+    def __init__(self):
+        self.sums = {}
+        self.steps = 0
+        self.waited = 0.0  # seconds that steps waited for data
+        self.start = time.perf_counter()
+
+    def add(self, terms: dict[str, torch.Tensor], waited: float) -> None:
+        for key, value in terms.items():
+            self.sums[key] = self.sums.get(key, 0) + value.detach()
+        self.steps += 1
+        self.waited += waited
+
+    def record(self, batch_size: int) -> dict[str, float]:
+        """Means per step since the last record."""
+        seconds = time.perf_counter() - self.start
+        record = {}
+        for key, value in self.sums.items():
+            record[key] = float(mean_over_processes(value)) / self.steps
+        record["ms_per_step"] = 1000 * seconds / self.steps
+        record["samples_per_s"] = batch_size * self.steps / seconds
+        record["ms_data"] = 1000 * self.waited / self.steps
+        self.__init__()
+        return record
+
+
+def refuse_nonfinite(terms: dict, module: nn.Module, step: int, indices: torch.Tensor) -> None:
+    """Before the update, ends a run whose loss or gradient is not finite (exit code 1)."""
+    bad = [name for name, value in terms.items() if not value.isfinite()]
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    if not bad and not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
+        bad = [f"gradient of {name}" for name, g in gradients.items() if not g.isfinite().all()]
+    if bad:
+        sys.exit(f"stopped: {bad[-1]} is not finite at step {step} (samples {indices.tolist()}), "
+                 "nothing was overwritten")
