@@ -468,10 +468,10 @@ class Cache:
         self.kind = kind
         self.rows = rows
         state = cache(file_state)
-        self.states = {key: [state(path) for path in row.files] for key, row in rows.items()}
+        self.states = {key: " ".join(map(state, row.files)) for key, row in rows.items()}
         with locked(self.folder):
-            self.index = self.read_index()  # key -> [row, state of its files, their native size]
-            missing = [key for key in rows if self.index.get(key, (0, 0))[1] != self.states[key]]
+            self.index = self.read_index()  # key -> [row, state of its files, height, width]
+            missing = [key for key in rows if self.index.get(key, (0, ""))[1] != self.states[key]]
             if missing:
                 self.write(missing)
             self.array = self.open_array()
@@ -480,12 +480,11 @@ class Cache:
             if not torch.equal(self.array[self.index[key][0]], values):
                 raise self.damaged()
 
-    def place(self, keys: list[str]) -> Tensor:
-        """The rows where keys are."""
-        return torch.tensor([self.index[key][0] for key in keys])
+    def row(self, key: str) -> int:
+        return self.index[key][0]
 
     def native_size(self, key: str) -> Size:
-        height, width = self.index[key][2]
+        _, _, height, width = self.index[key]
         return height, width
 
     def damaged(self) -> InputError:
@@ -518,7 +517,7 @@ class Cache:
         index = dict(self.index)
         for key in missing:
             row = index[key][0] if key in index else len(index)
-            index[key] = [row, None, None]
+            index[key] = [row]
         self.ask_disk(len(missing), len(index) * example.nbytes)
         new = f"{self.folder}.new"
         shutil.rmtree(new, ignore_errors=True)
@@ -552,7 +551,7 @@ class Cache:
         def fill(key: str) -> None:
             values, native = self.rows[key].read()
             array[index[key][0]] = values.numpy()
-            index[key][1:] = [self.states[key], native]
+            index[key] += [self.states[key], *native]
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
@@ -564,13 +563,13 @@ class Cache:
                 raise
 
 
-def file_state(path: str) -> list[int]:
+def file_state(path: str) -> str:
     """By what a change of a file shows: its size and time."""
     try:
         found = os.stat(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    return [found.st_size, found.st_mtime_ns]
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 @contextmanager

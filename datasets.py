@@ -27,13 +27,11 @@ from batches import (
     Cache,
     Row,
     Samples,
-    StepBatches,
     check_crop,
     color_jitter,
     draw_jitter,
     draw_patches,
     gather,
-    shift_hue,
     train_batches,
 )
 from images import (
@@ -46,13 +44,13 @@ from images import (
     check_intrinsics,
     focal_and_centre,
     fov_intrinsics,
-    has_one_channel,
     how_to_convert,
     image_names,
     image_size,
     list_folder,
     natural_key,
     nearest,
+    pixel_kind,
     place_key,
     read_calibration,
     read_ids,
@@ -73,7 +71,6 @@ from images import (
     velodyne_depth,
 )
 from labels import (
-    CAMVID_CLASSES,
     CITYSCAPES_CLASSES,
     CITYSCAPES_COLOURS,
     CITYSCAPES_IDS,
@@ -87,10 +84,9 @@ from utils import IGNORE, InputError, within
 
 # What other scripts take from here beside what this file defines.
 __all__ = [
-    "CAMVID_CLASSES", "CITYSCAPES_CLASSES", "CITYSCAPES_COLOURS", "CITYSCAPES_IDS", "IGNORE",
-    "LABELLED", "Labelled", "StepBatches", "color_jitter", "draw_jitter", "draw_patches",
-    "image_names", "natural_key", "palette", "read_ids", "read_image", "shift_hue",
-    "train_batches",
+    "CITYSCAPES_CLASSES", "CITYSCAPES_COLOURS", "CITYSCAPES_IDS", "IGNORE", "LABELLED", "Labelled",
+    "color_jitter", "draw_jitter", "draw_patches", "image_names", "natural_key", "palette",
+    "read_ids", "read_image", "train_batches",
 ]
 OTHER_EXTENSIONS = (".webp", ".heic", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".exr")
 Camera = tuple[np.ndarray, Size | None, str]  # K, the size of images it is for, where it is from
@@ -109,6 +105,7 @@ class Clips(Samples):
     name: str  # for people
     dropped = ""  # what was left out and why
     dropped_count = 0  # how many targets that were
+    listed = False  # whether a split chose the targets
     aspect_tolerance = SAME_ASPECT  # by which resized images may differ from K_size
     depth_rows = None  # the shares of the height between which depth supervises
 
@@ -136,8 +133,8 @@ class Clips(Samples):
     def leave_out(self, count: int, why: str) -> None:
         if count:
             self.dropped_count += count
-            self.dropped += ", " if self.dropped else ""
-            self.dropped += f"{count} {why}"
+            separator = ", " if self.dropped else ""
+            self.dropped += f"{separator}{count} {why}"
 
     def targets(self) -> list[str]:
         """The target's file of every sample."""
@@ -226,43 +223,49 @@ class Clips(Samples):
     def use_cache(self, folder: str) -> None:
         """Reads all samples from a cache, after decoding what it lacks."""
         absolute = cache(os.path.abspath)
+        keys = []  # of every sample's images
         rows = {}
         for sample in self.samples:
-            for path in sample["images"]:
-                rows[absolute(path)] = Row((path,), partial(self.load, path))
+            keys.append([absolute(path) for path in sample["images"]])
+            for key, path in zip(keys[-1], sample["images"]):
+                if key not in rows:
+                    rows[key] = Row((path,), partial(self.load, path))
         frames = Cache(folder, "frames", rows)
-        cameras = {}  # few differ
-        K = []
-        places = []
-        for sample in self.samples:
-            keys = [absolute(path) for path in sample["images"]]
-            places.append(frames.place(keys))
-            sizes = tuple(frames.native_size(key) for key in keys)
+        frame_rows = []
+        K_rows = []
+        K = {}  # few differ
+        for sample, names in zip(self.samples, keys):
+            frame_rows.append([frames.row(name) for name in names])
+            sizes = tuple(frames.native_size(name) for name in names)
             camera = (sample["K"].tobytes(), sample["K_from"], sizes)
-            if camera not in cameras:
-                cameras[camera] = self.intrinsics(sample, sizes)
-            K.append(cameras[camera])
-        arrays = {"frames": (frames.array, torch.stack(places)), "K": (torch.stack(K), None)}
+            if camera not in K:
+                K[camera] = (len(K), self.intrinsics(sample, sizes))
+            K_rows.append(K[camera][0])
+        matrices = torch.stack([matrix for _, matrix in K.values()])
+        arrays = {
+            "frames": (frames.array, torch.tensor(frame_rows)),
+            "K": (matrices, torch.tensor(K_rows)),
+        }
         if self.samples[0]["baseline"] is not None:
-            poses = [translation_x(sample["baseline"]) for sample in self.samples]
-            arrays["stereo_T"] = (torch.stack(poses), None)
+            x = torch.tensor([sample["baseline"] for sample in self.samples])
+            arrays["stereo_T"] = (translation_x(x), None)
         if self.with_depth:
-            arrays["depth"] = self.cached_depth(folder, frames)
+            arrays["depth"] = self.cached_depth(folder, frames, keys)
         self.arrays = arrays
 
-    def cached_depth(self, folder: str, frames: Cache) -> tuple[Tensor, Tensor]:
+    def cached_depth(self, folder: str, frames: Cache, keys: list[list[str]]) -> tuple:
+        """Depth (N, 1, H, W), and the row of each sample."""
         rows = {}
-        keys = []
+        depth_keys = []
         for sample in self.samples:
             depth = sample["depth"]
             files = self.depth_files(depth)
-            keys.append(f"{os.path.abspath(files[0])} {depth}")
-            rows[keys[-1]] = Row(files, partial(self.load_depth, depth))
+            depth_keys.append(f"{os.path.abspath(files[0])} {depth}")
+            rows[depth_keys[-1]] = Row(files, partial(self.load_depth, depth))
         depths = Cache(folder, "depth", rows)
-        for sample, key in zip(self.samples, keys):
-            image = frames.native_size(os.path.abspath(sample["images"][0]))
-            self.check_depth(sample, image, depths.native_size(key))
-        return depths.array, depths.place(keys)
+        for sample, images, key in zip(self.samples, keys, depth_keys):
+            self.check_depth(sample, frames.native_size(images[0]), depths.native_size(key))
+        return depths.array, torch.tensor([depths.row(key) for key in depth_keys])
 
     def shuffle_depth(self, seed: int) -> None:
         """Gives every image the depth of a random other moment: same statistics, no geometry."""
@@ -278,10 +281,11 @@ class Clips(Samples):
         self.samples = [{**sample, "depth": depth} for sample, depth in zip(self.samples, depths)]
 
 
-def translation_x(x: float) -> Tensor:
-    """The pose (4, 4) of a camera beside another."""
-    T = torch.eye(4)
-    T[0, 3] = x
+def translation_x(x: Tensor | float) -> Tensor:
+    """The poses (..., 4, 4) of cameras beside others, from metres (...)."""
+    x = torch.as_tensor(x)
+    T = torch.eye(4).repeat(*x.shape, 1, 1)
+    T[..., 0, 3] = x
     return T
 
 
@@ -330,7 +334,8 @@ def find_cameras(dataset: Clips, fov: float | None) -> Cameras:
 # ---- KITTI -------------------------------------------------------------------------------------
 
 OTHER = {"l": "r", "r": "l"}
-KNOWN_SPLITS = {"train": "eigen_zhou_train", "val": "eigen_zhou_val", "test": "eigen_test"}
+PUBLISHED_SPLITS = {"train": "eigen_zhou_train.txt", "val": "eigen_zhou_val.txt",
+                    "test": "eigen_test.txt"}
 
 
 def number_files(folder: str) -> dict[int, str]:
@@ -340,22 +345,34 @@ def number_files(folder: str) -> dict[int, str]:
         stem, extension = os.path.splitext(name)
         if stem.isdecimal() and extension.lower() in (*IMAGE_EXTENSIONS, ".bin"):
             number = int(stem)
-            if stem not in files.get(number, stem):
-                raise InputError(f"{folder}: {name} and {files[number]} have the same number")
+            known, _ = os.path.splitext(os.path.basename(files.get(number, name)))
+            if known != stem:
+                raise InputError(f"{folder}: {known} and {stem} are the same number")
             files[number] = os.path.join(folder, name)
     return files
 
 
 def parse_projections(values: dict, left: str, right: str, file: str) -> dict[str, np.ndarray]:
-    """P (3, 4) of both cameras by side."""
+    """P (3, 4) of both cameras by side; refuses what is no rectified stereo pair."""
     try:
         P = {"l": values[left].reshape(3, 4), "r": values[right].reshape(3, 4)}
     except (KeyError, ValueError) as error:
-        raise InputError(f"{file}: expected {left} and {right}, 12 numbers each ({error})") from None
+        raise InputError(f"{file}: expected {left} and {right}, 12 numbers each "
+                         f"({error})") from None
     both = np.stack([P["l"], P["r"]])
     if not np.isfinite(both).all() or both[:, 0, 0].min() <= 1:
         raise InputError(f"{file}: {left} and {right} are no projections of two cameras")
+    x = baselines(P)["l"]
+    if not np.allclose(*both[:, :, :3], rtol=0.01) or x >= 0:
+        raise InputError(f"{file}: {left} and {right} are no rectified pair: K differs, or {right} "
+                         f"is not to the right (x {x:.3g} m)")
     return P
+
+
+def baselines(P: dict[str, np.ndarray]) -> dict[str, float]:
+    """Metres along x that take each camera's points to the other's."""
+    x = {side: P[side][0, 3] / P[side][0, 0] for side in "lr"}
+    return {"l": float(x["r"] - x["l"]), "r": float(x["l"] - x["r"])}
 
 
 class KittiRaw(Clips):
@@ -368,9 +385,11 @@ class KittiRaw(Clips):
 
     title = "kitti"
     expected = "2011_09_26/2011_09_26_drive_0001_sync/image_02/data"
-    images = {"l": "image_02", "r": "image_03"}
+    images = {"l": "image_02/data", "r": "image_03/data"}
+    points = "velodyne_points/data"
     depth_kinds = ("groundtruth", "velodyne_raw", "velodyne")
     depth_kind = None
+    published = True  # whether PUBLISHED_SPLITS are of this layout
 
     def __init__(self, root: str, frame_ids: list[str], split: str | None = None,
                  drives: list[str] | None = None, frames: tuple = (None, None),
@@ -378,6 +397,7 @@ class KittiRaw(Clips):
         self.root = root
         self.name = f"{self.title} at {root}"
         self.files = cache(number_files)
+        self.frames_of = cache(self.find_frames)
         self.calibration = cache(self.read_calibration)
         self.velodyne_pose = cache(self.read_velodyne_pose)
         present = self.choose_drives(drives)
@@ -402,14 +422,19 @@ class KittiRaw(Clips):
                 found += [f"{date}/{drive}" for drive in drives]
         return found
 
-    def image_folder(self, folder: str, side: str) -> str:
-        return os.path.join(self.root, folder, self.images[side], "data")
+    def path(self, folder: str, *parts: str) -> str:
+        """A path in a drive's folder."""
+        return os.path.join(self.root, folder, *parts)
+
+    def find_frames(self, folder: str, side: str) -> dict[int, str]:
+        """Frame number -> image of one camera of a drive."""
+        return self.files(self.path(folder, self.images[side]))
 
     def choose_drives(self, drives: list[str] | None) -> list[str]:
         """The drives that are there, of those asked for."""
         present = []
         for folder in self.folders():
-            if any(os.path.isdir(self.image_folder(folder, side)) for side in "lr"):
+            if any(os.path.isdir(self.path(folder, images)) for images in self.images.values()):
                 present.append(folder)
         if not present:
             raise InputError(f"{self.root}: no KITTI drive there; expected e.g. {self.expected}")
@@ -427,13 +452,14 @@ class KittiRaw(Clips):
         """(drive, frame number, side), by a file, else all of chosen drives or frames, else by the
         published split, if any of its drives is there.
         """
-        if split and split not in KNOWN_SPLITS:
+        chosen = range(*slice(*frames).indices(10 ** 10))
+        if split and split not in PUBLISHED_SPLITS:
             rows = self.rows_of(split, present)
             if rows is None:
                 raise InputError(f"{split}: none of its drives is in {self.root}")
-            return rows
-        if not drives and frames == (None, None):
-            file = f"{KNOWN_SPLITS[split or 'train']}.txt"
+            return [row for row in rows if row[1] in chosen]
+        if self.published and not drives and frames == (None, None):
+            file = PUBLISHED_SPLITS[split or "train"]
             rows = self.rows_of(os.path.join(SPLITS, file), present)
             if rows is not None:
                 return rows
@@ -441,29 +467,30 @@ class KittiRaw(Clips):
         targets = []
         for folder in present:
             for side in "lr":
-                numbers = sorted(self.files(self.image_folder(folder, side)))
-                start, stop, _ = slice(*frames).indices(max(numbers, default=-1) + 1)
-                targets += [(folder, n, side) for n in numbers if start <= n < stop]
+                for number in sorted(self.frames_of(folder, side)):
+                    if number in chosen:
+                        targets.append((folder, number, side))
         return targets
 
     def rows_of(self, file: str, present: list[str]) -> list[tuple] | None:
         """The targets that a split file lists, of the drives and cameras here; None if of none."""
-        rows = [parse_row(line, file) for line in read_lines(file)]
+        rows = dict.fromkeys(parse_row(line, file) for line in read_lines(file))
         drives = set(present)
         here = [row for row in rows if row[0] in drives]
         if not here:
             return None
+        self.listed = True
         kept = []
         lost = Counter()
         for folder, number, side in here:
-            images = self.image_folder(folder, side)
-            files = self.files(images)
+            files = self.frames_of(folder, side)
             if not files:
                 lost[self.images[side]] += 1
             elif number in files:
                 kept.append((folder, number, side))
             else:
-                raise InputError(f"{images}: no frame {number:010d}, which {file} lists")
+                raise InputError(f"{self.path(folder, self.images[side])}: no frame {number:010d}, "
+                                 f"which {file} lists")
         for camera, count in lost.items():
             self.leave_out(count, f"of the split without their camera, {camera}")
         self.name += f" ({os.path.basename(file)}, {len(kept)} of {len(rows)})"
@@ -472,16 +499,15 @@ class KittiRaw(Clips):
     # what belongs to a target
 
     def sample(self, folder: str, number: int, side: str, frame_ids: list[str]) -> dict:
-        files = self.files(self.image_folder(folder, side))
+        files = self.frames_of(folder, side)
         paths = [files.get(number + int(offset)) for offset in frame_ids if offset != "s"]
         calibration = self.calibration(folder)
         P = calibration["P"]
         baseline = None
         if "s" in frame_ids:
-            others = self.files(self.image_folder(folder, OTHER[side]))
+            others = self.frames_of(folder, OTHER[side])
             paths.append(others.get(number))
-            x = {side: P[side][0, 3] / P[side][0, 0] for side in "lr"}
-            baseline = float(x[OTHER[side]] - x[side])
+            baseline = calibration["baseline"][side]
         return {
             "images": paths,
             "K": P[side][:, :3],
@@ -490,24 +516,27 @@ class KittiRaw(Clips):
             "baseline": baseline,
             "depth": None,
             "place": (folder, number, side),
-            "sequence": self.image_folder(folder, side),
+            "sequence": os.path.dirname(paths[0]),
             "moment": (folder, number),
         }
 
     def read_calibration(self, folder: str) -> dict:
-        """Of a drive: "P" (3, 4) by side, "size" of the images, "rectify" (4, 4), "file"."""
+        """Of a drive: "P" (3, 4) and "baseline" by side, "size" of images, "rectify", "file"."""
         file = os.path.join(self.root, folder[:10], "calib_cam_to_cam.txt")
         values = read_calibration(file)
         P = parse_projections(values, "P_rect_02", "P_rect_03", file)
         try:
             width, height = values["S_rect_02"]
+            same = (values["S_rect_03"] == values["S_rect_02"]).all()
             rotation = values["R_rect_00"].reshape(3, 3)
         except (KeyError, ValueError) as error:
-            raise InputError(f"{file}: expected S_rect_02 and R_rect_00 ({error})") from None
-        if not (1 <= width < 1e5 and 1 <= height < 1e5):
-            raise InputError(f"{file}: S_rect_02, {width:g} {height:g}, is no size of images")
+            raise InputError(f"{file}: expected S_rect_02, S_rect_03 and R_rect_00 "
+                             f"({error})") from None
+        if not (1 <= width < 1e5 and 1 <= height < 1e5 and same):
+            raise InputError(f"{file}: S_rect_02 and S_rect_03 are not one size of images")
         rectify = rigid(rotation, np.zeros(3), file)
-        return {"P": P, "size": (int(height), int(width)), "rectify": rectify, "file": file}
+        size = (int(height), int(width))
+        return {"P": P, "baseline": baselines(P), "size": size, "rectify": rectify, "file": file}
 
     def velodyne_calibration(self, folder: str) -> str:
         return os.path.join(self.root, folder[:10], "calib_velo_to_cam.txt")
@@ -525,8 +554,7 @@ class KittiRaw(Clips):
     # depth
 
     def velodyne_file(self, folder: str, number: int) -> str | None:
-        points = os.path.join(self.root, folder, "velodyne_points", "data")
-        return self.files(points).get(number)
+        return self.files(self.path(folder, self.points)).get(number)
 
     def depth_file(self, kind: str, folder: str, number: int, side: str) -> tuple | None:
         """What `depth_map` reads of one kind for a target."""
@@ -534,7 +562,7 @@ class KittiRaw(Clips):
             points = self.velodyne_file(folder, number)
             return points and ("velodyne", points, folder, side, False)
         drive = os.path.basename(folder)
-        inner = os.path.join("proj_depth", kind, self.images[side])
+        inner = os.path.join("proj_depth", kind, os.path.dirname(self.images[side]))
         places = [folder]
         for above in ("", "data_depth_annotated", "data_depth_velodyne"):  # as archives unpack
             places += [os.path.join(above, part, drive) for part in ("train", "val")]
@@ -591,24 +619,27 @@ class KittiOdometry(KittiRaw):
     title = "kitti odometry"
     expected = "sequences/00/image_2"
     images = {"l": "image_2", "r": "image_3"}
+    points = "velodyne"
     depth_kinds = ("velodyne",)
+    published = False
 
     def folders(self) -> list[str]:
         return list_folder(os.path.join(self.root, "sequences"))
 
-    def image_folder(self, folder: str, side: str) -> str:
-        return os.path.join(self.root, "sequences", folder, self.images[side])
+    def path(self, folder: str, *parts: str) -> str:
+        return os.path.join(self.root, "sequences", folder, *parts)
 
     def read_calibration(self, folder: str) -> dict:
         file = self.velodyne_calibration(folder)
         values = read_calibration(file)
         P = parse_projections(values, "P2", "P3", file)
-        files = self.files(self.image_folder(folder, "l")) or self.files(self.image_folder(folder, "r"))
+        files = self.frames_of(folder, "l") or self.frames_of(folder, "r")
         size = image_size(next(iter(files.values())))  # which the file does not say
-        return {"P": P, "size": size, "file": file, "Tr": values.get("Tr")}
+        Tr = values.get("Tr")
+        return {"P": P, "baseline": baselines(P), "size": size, "file": file, "Tr": Tr}
 
     def velodyne_calibration(self, folder: str) -> str:
-        return os.path.join(self.root, "sequences", folder, "calib.txt")
+        return self.path(folder, "calib.txt")
 
     def read_velodyne_pose(self, folder: str) -> np.ndarray:
         calibration = self.calibration(folder)
@@ -617,10 +648,6 @@ class KittiOdometry(KittiRaw):
             raise InputError(f"{calibration['file']}: expected Tr, the velodyne's pose")
         Tr = Tr.reshape(3, 4)
         return rigid(Tr[:, :3], Tr[:, 3], calibration["file"])
-
-    def velodyne_file(self, folder: str, number: int) -> str | None:
-        points = os.path.join(self.root, "sequences", folder, "velodyne")
-        return self.files(points).get(number)
 
 
 # ---- one's own frames --------------------------------------------------------------------------
@@ -660,6 +687,11 @@ class Sequence(NamedTuple):
     paths: list[str]
     numbers: list[int]  # or times
     depths: list[tuple[str, float] | None]  # file, and its value of one metre
+
+    def frame(self, wanted: int, tolerance: float) -> str | None:
+        """The frame with a number or time."""
+        place = nearest(self.numbers, wanted, tolerance)
+        return None if place is None else self.paths[place]
 
 
 def find_other_camera(label: str, by_label: dict[str, Sequence]) -> tuple[Sequence | None, int]:
@@ -722,14 +754,16 @@ class Frames(Clips):
                 raise InputError(f"--drives {drive}: no such folder with images in {self.root}")
         if drives:
             found = [sequence for sequence in found if set(drives) & set(self.parts(sequence))]
-        single = [sequence for sequence in found if has_one_channel(sequence.paths[0])]
-        if len(single) < len(found):  # ids or depth beside colour images
-            for sequence in single:
-                self.leave_out(len(sequence.paths), f"of one channel ({sequence.label})")
-            found = [sequence for sequence in found if sequence not in single]
         if not found:
             raise InputError(self.why_no_images())
-        return found
+        kinds = [pixel_kind(sequence.paths[0]) for sequence in found]
+        kept = []
+        for sequence, kind in zip(found, kinds):
+            if kind == min(kinds):
+                kept.append(sequence)
+            else:  # ids or depth beside pictures
+                self.leave_out(len(sequence.paths), f"of one channel ({sequence.label})")
+        return kept
 
     def parts(self, sequence: Sequence) -> list[str]:
         """What --drives may call a sequence: its folder, or one above it."""
@@ -754,7 +788,7 @@ class Frames(Clips):
         chosen = []
         for names in by_stem.values():
             if len(names) > 1:
-                colour = [n for n in names if not has_one_channel(os.path.join(folder, n))]
+                colour = [n for n in names if pixel_kind(os.path.join(folder, n)) == 0]
                 if len(colour) != 1:
                     raise InputError(f"{folder}: {names[0]} and {names[1]} have the same name: "
                                      "which is the image?")
@@ -827,8 +861,10 @@ class Frames(Clips):
             for offset in frame_ids:
                 source = other if offset == "s" else sequence
                 wanted = number if offset == "s" else number + int(offset) * step
-                images.append(find_frame(source, wanted, JITTER * step))
+                images.append(source and source.frame(wanted, JITTER * step))
             K, K_size, K_from = self.find_intrinsics(images[0])
+            if "s" in frame_ids and images[-1]:
+                self.check_pair(K, K_from, images[-1])
             samples.append({
                 "images": images,
                 "K": K,
@@ -848,6 +884,12 @@ class Frames(Clips):
         if not any(find_other_camera(label, by_label)[0] for label in by_label):
             raise InputError(f"{self.root}: no stereo pairs: folders or names with left and right "
                              "are needed")
+
+    def check_pair(self, K: np.ndarray, K_from: str, other: str) -> None:
+        """Refuses a pair that is not rectified to one K."""
+        other_K, _, other_from = self.find_intrinsics(other)
+        if not np.allclose(K, other_K, rtol=0.01):
+            raise InputError(f"{K_from} and {other_from} differ: a stereo pair must be rectified")
 
     def find_intrinsics(self, image: str) -> Camera:
         """The camera of an image: of its own file, or of one in its folder or above."""
@@ -892,6 +934,7 @@ class Frames(Clips):
 
     def select(self, samples: list[dict], split: str) -> list[dict]:
         """The samples whose targets a file lists, as PATH or as FOLDER NUMBER."""
+        self.listed = True
         by_place = {}
         for sample in samples:
             place = os.path.relpath(sample["images"][0], self.root)
@@ -905,14 +948,6 @@ class Frames(Clips):
                 raise InputError(f"{split}: {line.strip()!r} is no frame in {self.root}")
             chosen[found[0]] = by_place[found[0]]
         return list(chosen.values())
-
-
-def find_frame(sequence: Sequence | None, wanted: int, tolerance: float) -> str | None:
-    """The frame of a sequence with a number or time, or None."""
-    if sequence is None:
-        return None
-    place = nearest(sequence.numbers, wanted, tolerance)
-    return None if place is None else sequence.paths[place]
 
 
 # ---- NYU, CamVid, Cityscapes -------------------------------------------------------------------
@@ -931,6 +966,9 @@ class NyuClips(Frames):
     aspect_tolerance = 0.005  # the usual crop, 561x427, is off by 0.015
 
     def __init__(self, root: str, frame_ids: list[str], **options):
+        above, folder = os.path.split(os.path.abspath(root))
+        if folder == "image" and os.path.isfile(os.path.join(above, "test.txt")):
+            raise InputError(f"{root}: the labelled images; give their root, where test.txt is")
         self.is_video = len(frame_ids) > 1
         self.excluded = set()
         tests = os.path.join(root, "test.txt")
@@ -941,7 +979,7 @@ class NyuClips(Frames):
 
     def folders(self) -> list[str]:
         labelled = os.path.join(self.root, "image")
-        unpacked = {os.path.join(self.root, name) for name in ("label40", "label13")} | {labelled}
+        unpacked = (labelled, os.path.join(self.root, "label40"))
         scenes = [folder for folder in folders_below(self.root) if folder not in unpacked]
         if not os.path.isdir(labelled) or any(image_names(folder) for folder in scenes):
             return scenes
@@ -1090,15 +1128,8 @@ def read_cityscapes_camera(path: str) -> tuple[np.ndarray, float]:
 
 # ---- by name, and the options ------------------------------------------------------------------
 
-CLIPS = {
-    "kitti": KittiRaw,
-    "kitti_odometry": KittiOdometry,
-    "synthetic": KittiRaw,
-    "cityscapes": CityscapesClips,
-    "camvid": CamVidClips,
-    "nyu": NyuClips,
-    "frames": Frames,
-}
+CLIPS = {"kitti": KittiRaw, "kitti_odometry": KittiOdometry, "synthetic": KittiRaw,
+         "cityscapes": CityscapesClips, "camvid": CamVidClips, "nyu": NyuClips, "frames": Frames}
 
 
 def find_data(name: str, path: str | None, registry: dict[str, type]) -> tuple[type, str]:
@@ -1180,9 +1211,12 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
     elif args.baseline:
         raise InputError(f"--baseline is for --data frames: {args.data} comes with its own")
     dataset = cls(root, frame_ids, **options)
+    if args.split and not dataset.listed:
+        raise InputError(f"--split {args.split}: none of its drives is in {root}, or --drives or "
+                         "--frames choose others")
     check_crop(args, dataset.size)
     if dataset.dropped_count > len(dataset):
-        print(f"warning: most targets are left out: {dataset.dropped}")
+        print(f"warning: more is left out than used: {dataset.dropped}")
     if args.depth_rows and args.depth_rows[0] >= args.depth_rows[1]:
         raise InputError("--depth_rows A B: A is to be below B")
     dataset.depth_rows = args.depth_rows

@@ -10,6 +10,7 @@ The metrics themselves are functions in metrics.py, which training calls as well
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from tqdm import tqdm
 import datasets
 import pictures
 import utils
+from encoders import VITS
 from images import DEPTH_MODES, image_names, natural_key, read_ids, read_image, resize
 from losses import disparity_to_depth
 from metrics import (  # noqa: F401  (some are here for callers of evaluate)
@@ -83,7 +85,7 @@ def parse_options() -> argparse.Namespace:
                      help="which of the encoder's maps, the finest first (before pooling)")
     for command, name in ((grid, "grid.png"), (cam, "gradcam.png")):
         add_grid_options(command.add_argument, name)
-        command.set_defaults(run=grid_command, height=64, width=64, cache=None)
+        command.set_defaults(run=grid_command, height=64, width=64)
     for command in commands.choices.values():
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                              help="cpu, cuda or cuda:N")
@@ -93,7 +95,7 @@ def parse_options() -> argparse.Namespace:
 def add_depth_options(add: Callable) -> None:
     add("--weights", required=True,
         help="run folder, model.pt, Monodepth2 folder, or a file of DPT or Depth Anything")
-    add("--data", choices=("kitti", "synthetic", "nyu"), default="kitti")
+    add("--data", choices=("kitti", "synthetic", "nyu"), default="kitti", help="test data")
     add("--data_path", help="root of the data set (default: data/NAME)")
     add("--drives", nargs="+", metavar="NAME", help="KITTI: only these drives")
     add("--frames", type=datasets.parse_range, default=(None, None), metavar="A:B",
@@ -117,7 +119,7 @@ def add_seg_options(add: Callable) -> None:
     add("--data", help="default: what it was trained on")
     add("--data_path", help="root of the data set (default: data/NAME)")
     add("--split", choices=("train", "val", "test"), default="val",
-        help="train: the images that it was trained on")
+        help="which images (train: those it was trained on)")
     add("--eval_mode", choices=("whole", "slide"),
         help="resized images, or native ones through windows (default: as in training)")
     add("--flip", action="store_true", help="average with the mirrored image")
@@ -141,14 +143,37 @@ def add_grid_options(add: Callable, output: str) -> None:
     add("--data", default="synthetic", help="a labelled data set")
     add("--data_path", help="root of the data set (default: data/NAME)")
     add("--weights", nargs="+", required=True, help="run folders, model.pt files, ...")
-    add("--output", type=picture_path, default=output, metavar="PICTURE")
+    add("--output", type=picture_path, default=output, metavar="PICTURE", help=".png or .jpg")
 
 
 # ---- what a network makes of an image ----------------------------------------------------------
 
+def load(path: str, device: torch.device, task: str | None = None) -> tuple[torch.nn.Module, dict]:
+    """A network and its options; args.json beside model.pt adds those it was trained with."""
+    model, options = load_model(path, device, task)
+    file = Path(path.removesuffix("model.pt"), "args.json")
+    try:
+        training = json.loads(file.read_text())["options"] if file.is_file() else {}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file}: damaged, it should hold a run's options") from None
+    return model, {**training, **options}
+
+
+def input_size(options: dict, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) at which a network sees an image of this size: that of its training.
+
+    Depth models of others keep the aspect, as their own scripts do; the shorter side is given.
+    """
+    if "output" not in options:
+        return options["height"], options["width"]
+    patch = VITS[options["encoder"]][0]
+    patches = options["height"] / min(size) / patch  # for each pixel
+    return max(1, round(patches * size[0])) * patch, max(1, round(patches * size[1])) * patch
+
+
 def shrink(image: torch.Tensor, options: dict) -> torch.Tensor:
     """An image (3, H, W) uint8 as the network sees it: (1, 3, height, width) in [0, 1]."""
-    small = resize(image, (options["height"], options["width"]))
+    small = resize(image, input_size(options, image.shape[1:]))
     return small[None].float() / 255
 
 
@@ -286,7 +311,7 @@ def default_scale(options: dict) -> float | str:
 
 def score_depth(args: argparse.Namespace, frames: Frames, scale: float | str,
                 inverse_of: Callable) -> dict:
-    """Prints and returns the scores, "by_image" as well; inverse_of(path) gives 1 / depth (h, w)."""
+    """Prints and returns scores, also "by_image"; inverse_of(path) gives 1 / depth (h, w)."""
     rows = []
     limits = (args.min_eval, args.max_eval, args.crop)
     for path, read in tqdm(frames, desc="depth", disable=None):
@@ -301,7 +326,7 @@ def score_depth(args: argparse.Namespace, frames: Frames, scale: float | str,
 
 
 def constant_picture(training: Frames, test: Frames) -> np.ndarray:
-    """`constant_depth` of the training frames whose depth has the size of the first test frame's."""
+    """`constant_depth` of the training frames that have the first test frame's size."""
     shape = test[0][1]().shape
     maps = [read() for _, read in training]
     maps = [depth for depth in maps if depth.shape == shape]
@@ -319,7 +344,7 @@ def depth_command(args: argparse.Namespace) -> int:
     args.crop = None if args.no_crop else "nyu" if nyu else "garg"
     find = nyu_frames if nyu else kitti_frames
     device = utils.pick_device(args.device)
-    model, options = load_model(args.weights, device, "depth")
+    model, options = load(args.weights, device, "depth")
     scale = args.scale or default_scale(options)
     title, truth, frames = find(args, args.frames, "test" if nyu else args.ground_truth)
     print(f"{args.weights} on {title}; ground truth {truth}, scale {scale}, "
@@ -353,12 +378,13 @@ def save_scores(folder: str | None, name: str, scores: dict) -> None:
 
 def seg_command(args: argparse.Namespace) -> int:
     device = utils.pick_device(args.device)
-    model, options = load_model(args.weights, device, "segmentation")
+    model, options = load(args.weights, device, "segmentation")
     data = args.data or options["data"]
-    # the images of --split train are those that the run drew
-    drawn = {"train_size": None, "split_seed": 0, "leave_out": None, **options}
-    chosen = {**drawn, "data": data, "data_path": args.data_path, "crop": None, "cache": None}
-    chosen = argparse.Namespace(**chosen)
+    if args.split == "train" and "train_size" not in options:
+        raise InputError(f"{args.weights}: --split train needs the run's args.json, which says "
+                         "what images it was trained on")
+    chosen = {"data": data, "data_path": args.data_path, "crop": None, "cache": None}
+    chosen = argparse.Namespace(**{**options, **chosen})
     dataset = datasets.find_labelled(chosen, args.split, train=args.split == "train")
     if list(dataset.classes) != list(options["classes"]):
         known = ", ".join(options["classes"])
@@ -460,7 +486,7 @@ def save_depth(path: str, depth: np.ndarray, options: dict) -> None:
 
 
 def save_ids(path: str, label: np.ndarray, data: str) -> None:
-    """Train ids (H, W) as a PNG of the data set's own ids, as its server and its tools take them."""
+    """Train ids (H, W) as a PNG of the data set's own ids, as its server takes them."""
     cls = datasets.LABELLED[data]
     own = []
     for train_id in range(len(cls.classes)):
@@ -469,7 +495,7 @@ def save_ids(path: str, label: np.ndarray, data: str) -> None:
 
 
 def predict_command(args: argparse.Namespace) -> int:
-    model, options = load_model(args.weights, utils.pick_device(args.device))
+    model, options = load(args.weights, utils.pick_device(args.device))
     task = options["task"]
     inputs = list_inputs(args.images, source_offset(options))
     bad = set()
@@ -520,7 +546,7 @@ def load_models(args: argparse.Namespace) -> dict[str, tuple[torch.nn.Module, di
         title = Path(weights.removesuffix("model.pt")).name
         if title in models:
             title = weights
-        models[title] = load_model(weights, device)
+        models[title] = load(weights, device)
         is_flow = source_offset(models[title][1]) is not None
         if is_flow and (args.command == "gradcam" or not args.images):
             raise InputError(f"{weights}: flow needs two frames; grid FOLDER draws it")

@@ -123,11 +123,14 @@ def image_size(path: str) -> Size:
     return (width, height) if turned else (height, width)
 
 
-def has_one_channel(path: str) -> bool:
-    """Whether a file is a PNG of ids or depth rather than of colours."""
+def pixel_kind(path: str) -> int:
+    """0: a picture in colours; 1: a PNG of one channel, which may hold ids; 2: of 16 bits."""
     with suppress(OSError, Image.DecompressionBombError), Image.open(path) as image:
-        return image.format == "PNG" and image.mode in ("L", "1", *DEPTH_MODES)
-    return False
+        if image.mode in DEPTH_MODES:
+            return 2
+        if image.format == "PNG" and image.mode in ("L", "1", "P"):
+            return 1
+    return 0
 
 
 def how_to_convert(path: str) -> str:
@@ -158,25 +161,40 @@ def image_names(folder: str) -> list[str]:
 
 # ---- what the names of frames say --------------------------------------------------------------
 
-NUMBER = re.compile(r"""
+TIMES = r"""
     (?P<date>(?<!\d) [12]\d{3}[-_]?\d\d[-_]?\d\d [-_T\ ] \d\d[-_:.h]?\d\d[-_:.m]?\d\d
-             (?:\.\d+|\d{3})? (?!\d))  # 2024-05-01_12-30-05.250
-    | (?P<seconds>\d{9,}\.\d+)         # 1305031102.175304
-    | \d+""", re.VERBOSE)
+             (?:\.\d+|\d{3})? (?!\d)) |  # 2024-05-01_12-30-05.250
+"""
+NUMBERS = r"""
+    (?P<seconds>\d{9,}\.\d+) |  # 1305031102.175304
+    \d+
+"""
+NUMBER = re.compile(NUMBERS, re.VERBOSE)
+NUMBER_OR_DATE = re.compile(TIMES + NUMBERS, re.VERBOSE)
 
 
 def read_number(match: re.Match) -> int:
-    """A number in a name; dates and seconds in nanoseconds."""
+    """A number in a name; dates and seconds in nanoseconds. Raises ValueError for no date."""
     digits = re.sub(r"\D", "", match[0])
-    if match["date"]:
-        with suppress(ValueError):
-            moment = datetime.strptime(digits[:14] + "+0000", "%Y%m%d%H%M%S%z")
-            fraction = digits[14:23].ljust(9, "0")
-            return int(moment.timestamp()) * 10 ** 9 + int(fraction)
+    if match.groupdict().get("date"):
+        moment = datetime.strptime(digits[:14] + "+0000", "%Y%m%d%H%M%S%z")
+        fraction = digits[14:23].ljust(9, "0")
+        return int(moment.timestamp()) * 10 ** 9 + int(fraction)
     if match["seconds"]:
         seconds, fraction = match[0].split(".")
         return int(seconds + fraction[:9].ljust(9, "0"))
     return int(digits)
+
+
+def choose_pattern(names: list[str]) -> re.Pattern:
+    """NUMBER_OR_DATE, unless what looks like a date is none: a day and a frame number."""
+    for name in names:
+        for match in NUMBER_OR_DATE.finditer(name):
+            try:
+                read_number(match)
+            except ValueError:
+                return NUMBER
+    return NUMBER_OR_DATE
 
 
 def counting_place(rows: list[list[str]]) -> int:
@@ -195,11 +213,12 @@ def counting_place(rows: list[list[str]]) -> int:
 
 def split_sequences(names: list[str]) -> dict[str, list[tuple[int, str]]]:
     """Names by what surrounds the number that counts: "seqA_*" -> [(number, name), ...]."""
+    number_pattern = choose_pattern(names)
     alike = {}
     for name in names:
         stem, _ = os.path.splitext(name)
-        matches = list(NUMBER.finditer(stem))
-        alike.setdefault(NUMBER.sub("*", stem), []).append((matches, name))
+        matches = list(number_pattern.finditer(stem))
+        alike.setdefault(number_pattern.sub("*", stem), []).append((matches, name))
     sequences = {}
     for pattern, members in alike.items():
         place = counting_place([[match[0] for match in matches] for matches, _ in members])
@@ -210,7 +229,7 @@ def split_sequences(names: list[str]) -> dict[str, list[tuple[int, str]]]:
                 match = matches[place]
                 before = match.string[:match.start()]
                 after = match.string[match.end():]
-                label = f"{before}*{NUMBER.sub('*', after)}"
+                label = f"{before}*{number_pattern.sub('*', after)}"
                 number = read_number(match)
             sequences.setdefault(label, []).append((number, name))
     return {label: sorted(members) for label, members in sequences.items()}
@@ -271,6 +290,8 @@ def read_intrinsics(path: str) -> np.ndarray:
         raise InputError(f"{path}: {error}") from None
     if len(numbers) == 4:
         fx, fy, cx, cy = numbers
+        if abs(fx - cx) < 0.01 * fx < abs(fx - fy):
+            raise InputError(f"{path}: is {fx:g} {fy:g} {cx:g} {cy:g} in the order fx fy cx cy?")
         numbers = [fx, 0, cx, 0, fy, cy, 0, 0, 1]
     if len(numbers) != 9:
         raise InputError(
@@ -288,17 +309,19 @@ def check_intrinsics(K: np.ndarray, size: Size, source: str) -> None:
     height, width = size
     fx, _, cx = K[0]
     _, fy, cy = K[1]
-    # A principal point further off belongs to another resolution, or more than half was cut off;
-    # one that fits a picture turned by 90 degrees belongs to what EXIF has turned.
-    centred = 0.2 < cx / width < 0.8 and 0.05 < cy / height < 0.95
+    x = (cx + 0.5) / width
+    y = (cy + 0.5) / height
+    centred = 0.2 < x < 0.8 and 0.05 < y < 0.95
+    # off by the same share of width and height: of another resolution
+    scaled = abs(x - y) < 0.05 * x and not 0.44 < x < 0.56
+    # nearer to the middle of the picture when that is turned by 90 degrees: of what EXIF turned
     off = abs(cx - width / 2) + abs(cy - height / 2)
     off_if_turned = abs(cx - height / 2) + abs(cy - width / 2)
-    centred &= off_if_turned >= 0.5 * off or off < 0.1 * width
-    if not np.isfinite(K).all() or min(fx, fy) <= 1 or not centred:
+    turned = off > 0.1 * width and off_if_turned < 0.5 * off
+    if not np.isfinite(K).all() or min(fx, fy) <= 1 or not centred or scaled or turned:
         raise InputError(
-            f"{source}: intrinsics must be in pixels of the {size_text(size)} images, with the "
-            f"principal point near their middle, not fx {fx:.4g} fy {fy:.4g} cx {cx:.4g} "
-            f"cy {cy:.4g}")
+            f"{source}: intrinsics must be in pixels of the images, {size_text(size)} and upright, "
+            f"not fx {fx:.4g} fy {fy:.4g} cx {cx:.4g} cy {cy:.4g}: of another resolution?")
 
 
 def fov_intrinsics(size: Size, fov: float) -> np.ndarray:

@@ -140,7 +140,7 @@ class Labelled(Samples):
             there = ", ".join(self.splits)
             raise InputError(f"{root}: there are labels of {there}, none of {split}")
         pairs = self.list_pairs(root, split)
-        refuse_missing(pairs, f"{root}: no image is listed for {split}")
+        check_pairs(pairs, f"{root}: no image is listed for {split}")
         if split == "train":
             order = np.random.default_rng(split_seed).permutation(len(pairs))
             pairs = [pairs[i] for i in order]
@@ -253,7 +253,7 @@ class Labelled(Samples):
         self.arrays = {}
         for kind, wanted in rows.items():
             cache = Cache(folder, kind, wanted)
-            self.arrays[kind] = (cache.array, cache.place(list(wanted)))
+            self.arrays[kind] = (cache.array, torch.tensor([cache.row(key) for key in wanted]))
 
     def reader(self, index: int, part: int):
         """A function that reads the image (0) or label (1) of a pair, for the cache."""
@@ -265,9 +265,13 @@ class Labelled(Samples):
         return read
 
 
-def refuse_missing(pairs: list[tuple[str, str]], otherwise: str) -> None:
+def check_pairs(pairs: list[tuple[str, str]], otherwise: str) -> None:
+    """Refuses an empty list, a pair twice, and files that are missing."""
     if not pairs:
         raise InputError(otherwise)
+    if len(set(pairs)) < len(pairs):
+        image = next(pair[0] for pair in pairs if pairs.count(pair) > 1)
+        raise InputError(f"{image}: listed twice")
     missing = [path for pair in pairs for path in pair if not os.path.exists(path)]
     if missing:
         raise InputError(f"{missing[0]}: no such file, one of {len(missing)} that are missing")
@@ -300,16 +304,26 @@ def read_names(path: str) -> list[str]:
     return [os.path.splitext(os.path.basename(word))[0] for word in words]
 
 
+def refuse_overlap(names: str, others: str) -> None:
+    """Refuses a list of training images that shares some with the list for evaluation."""
+    shared = sorted(set(read_names(names)) & set(read_names(others)))
+    if shared:
+        raise InputError(f"{names} and {others} share {len(shared)} images, {shared[0]} first")
+
+
 def pair_up(images: str, labels: str, image_end: str = "", label_end: str = "") -> list[tuple]:
     """Every image of a folder with its label, a PNG in another, of the same name up to its end."""
-    pairs = []
+    pairs = {}
     for name in image_names(images):
         stem = os.path.splitext(name)[0].removesuffix(image_end)
         label = os.path.join(labels, f"{stem}{label_end}.png")
-        pairs.append((os.path.join(images, name), label))
+        image = os.path.join(images, name)
+        if label in pairs:
+            raise InputError(f"{pairs[label]} and {image} have the same label")
+        pairs[label] = image
     if not pairs:
         raise InputError(f"{images}: no images there")
-    return pairs
+    return [(image, label) for label, image in pairs.items()]
 
 
 def pairs_of_names(names: list[str], images: str, extension: str, labels: str) -> list[tuple]:
@@ -372,6 +386,8 @@ class Cityscapes(Labelled):
         labels = os.path.join(root, "gtFine", split)
         pairs = []
         for city in list_folder(images):
+            if not os.path.isdir(os.path.join(images, city)):
+                continue
             pairs += pair_up(os.path.join(images, city), os.path.join(labels, city),
                              "_leftImg8bit", "_gtFine_labelIds")
         return pairs
@@ -399,6 +415,8 @@ class Voc(Labelled):
         if split == "train" and os.path.isfile(augmented):
             names = augmented
             labels = "SegmentationClassAug"
+        if split == "train":
+            refuse_overlap(names, os.path.join(lists, "val.txt"))
         images = os.path.join(root, "JPEGImages")
         return pairs_of_names(read_names(names), images, ".jpg", os.path.join(root, labels))
 
@@ -432,6 +450,8 @@ class Nyu(Labelled):
         if not os.path.isfile(names):
             raise InputError(f"{names} is missing; python tools/prepare_nyu.py --data_path {root} "
                              "writes it")
+        if split == "train":
+            refuse_overlap(names, os.path.join(root, "test.txt"))
         images = os.path.join(root, "image")
         return pairs_of_names(read_names(names), images, ".png", os.path.join(root, "label40"))
 

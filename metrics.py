@@ -299,3 +299,26 @@ def batch_size(dataset: Labelled) -> int:
     """As many images as evaluation takes at once."""
     height, width = dataset.size
     return max(1, min(8, len(dataset), EVALUATION_PIXELS // (height * width)))
+
+
+# ---- during a training --------------------------------------------------------------------------
+
+def find_trouble(terms: dict, views: dict) -> dict[str, str]:
+    """What looks wrong in a training. Waits for the device, so at log steps only."""
+    trouble = {}
+    masked = float(terms.get("masked", 0))
+    if masked > 0.8:
+        trouble["masked"] = (f"an unmoved source explains {masked:.0%} of the pixels, which do not "
+                             "train: does the camera stand still?")
+    if "depth" in views:
+        disparity = 1 / views["depth"].flatten(1)
+        if float((disparity.std(1) / disparity.mean(1)).mean()) < 0.02:
+            trouble["depth"] = ("disparity is nearly the same everywhere: try another --seed "
+                                "or a lower --learning_rate")
+    if "poses" in views:
+        change = (views["poses"] - torch.eye(4, device=views["poses"].device))[:, :, :3]  # (B, S, 3, 4)
+        turned = float(change[..., :3].abs().mean())
+        moved = float(change[..., 3].norm(dim=-1).mean() / views["depth"].mean())
+        if max(moved, turned) < 1e-3:
+            trouble["pose"] = "the pose network sees hardly any motion, which depth is learned from"
+    return trouble

@@ -377,7 +377,8 @@ def build(arch: str, encoder: str, channels: int, scales: tuple = (0,), **settin
     if encoder == "resnet18" and settings["output_stride"] != 8:
         raise InputError("--output_stride takes --encoder resnet50: ResNet-18 does not dilate")
     if settings["readout"] is None:
-        settings["readout"] = encoder.endswith("16") and settings["dpt_layers"] == "spread"
+        large = encoder.endswith("16") and settings["dpt_layers"] == "spread"
+        settings["readout"] = arch == "dpt" and large
     features = build_encoder(arch, encoder, settings)
     decoder = build_decoder(arch, features, channels, scales, settings)
     decoder.heads = heads
@@ -405,8 +406,7 @@ def build_encoder(arch: str, encoder: str, settings: dict) -> Encoder:
         layers = list(range(blocks - 4, blocks))
     if arch == "linear":
         layers = [blocks - 1]
-    readout = arch == "dpt" and settings["readout"]
-    vit = VitEncoder(encoder, layers, readout)
+    vit = VitEncoder(encoder, layers, settings["readout"])
     vit.set_positions(settings["positions"], settings["registers"])
     return vit
 

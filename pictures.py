@@ -2,98 +2,130 @@
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 REMOVED_COLOUR = 0.45  # of removed pixels: 0 once the encoder has normalised
 
-DEPTH_COLOURS = torch.tensor([  # dark = far, bright = near
-    (13, 8, 35), (59, 15, 112), (114, 31, 129), (168, 46, 126), (222, 73, 104), (248, 118, 92),
-    (254, 167, 111), (254, 211, 149), (252, 248, 196)]) / 255
+DEPTH_COLOURS = torch.tensor([
+    (13, 8, 35),  # far
+    (59, 15, 112),
+    (114, 31, 129),
+    (168, 46, 126),
+    (222, 73, 104),
+    (248, 118, 92),
+    (254, 167, 111),
+    (254, 211, 149),
+    (252, 248, 196),  # near
+]) / 255
 
 
-def colour_values(values: torch.Tensor) -> torch.Tensor:
+def colour_values(values: Tensor) -> Tensor:
     """Values (B, H, W) from 0 to 1 as colours (B, 3, H, W) from dark to bright."""
-    position = values.clamp(0, 1) * (len(DEPTH_COLOURS) - 1)
-    below = position.long().clamp(max=len(DEPTH_COLOURS) - 2)
     colours = DEPTH_COLOURS.to(values.device)
-    mixed = torch.lerp(colours[below], colours[below + 1], (position - below)[..., None])
+    last = len(colours) - 1
+    position = last * values.clamp(0, 1)
+    below = position.long().clamp(max=last - 1)
+    share = (position - below)[..., None]
+    mixed = torch.lerp(colours[below], colours[below + 1], share)
     return mixed.permute(0, 3, 1, 2)
 
 
-def colour_depth(depth: torch.Tensor, near: float | None = None,
-                 far: float | None = None) -> torch.Tensor:
+def colour_depth(depth: Tensor, near: float | None = None,
+                 far: float | None = None) -> Tensor:
     """Depth (B, 1, H, W) as colours (B, 3, H, W), linear in 1/depth.
 
     The range is near to far; by default each image's 2nd to 98th percentile.
     """
-    inverse = 1 / depth[:, 0].clamp(min=1e-6)
+    inverse = 1 / depth[:, 0].clamp(min=1e-6)  # (B, H, W)
     ordered = inverse.flatten(1).sort(1).values
     last = ordered.shape[1] - 1
-    low = 1 / far if far else ordered[:, int(0.02 * last)].view(-1, 1, 1)
-    high = 1 / near if near else ordered[:, int(0.98 * last)].view(-1, 1, 1)
-    spread = torch.as_tensor(high - low).clamp(min=1e-9)
+    low = ordered[:, int(0.02 * last)].view(-1, 1, 1)
+    high = ordered[:, int(0.98 * last)].view(-1, 1, 1)
+    if near is not None:
+        low = torch.full_like(low, 1 / far)
+        high = torch.full_like(high, 1 / near)
+    spread = (high - low).clamp(min=1e-9)
     return colour_values((inverse - low) / spread)
 
 
-def colour_labels(label: torch.Tensor, colours: tuple) -> torch.Tensor:
+def colour_labels(label: Tensor, colours: tuple) -> Tensor:
     """Train ids (B, H, W) as colours (B, 3, H, W); ignored pixels black."""
     table = torch.zeros(256, 3)
     table[:len(colours)] = torch.tensor(colours) / 255
     return table.to(label.device)[label.long()].permute(0, 3, 1, 2)
 
 
-def colour_flow(flow: torch.Tensor) -> torch.Tensor:
+def colour_flow(flow: Tensor) -> Tensor:
     """Flow (B, 2, H, W) as colours (B, 3, H, W): hue is direction, saturation is length."""
     from torchvision.utils import flow_to_image
     return flow_to_image(flow) / 255
 
 
-def to_picture(image: torch.Tensor) -> Image.Image:
+def to_picture(image: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] as a Pillow image."""
-    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    values = (image.clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
 def picture_grid(rows: list[list], columns: list[str], names: tuple = ()) -> Image.Image:
     """Pictures (3, H, W) in [0, 1] in rows, under column titles and beside row names."""
     font = ImageFont.load_default(14)
-    height, width = (side + 4 for side in rows[0][0].shape[1:])
-    width = max([width, *(int(font.getlength(title)) + 8 for title in columns)])  # titles fit
-    left = max([int(font.getlength(name)) + 12 for name in names], default=0)
-    grid = Image.new("RGB", (left + len(columns) * width, 24 + len(rows) * height), "white")
+    titles = [int(font.getlength(title)) for title in columns]
+    height, width = rows[0][0].shape[1:]
+    height += 4
+    width = max(width + 4, max(titles) + 8)  # titles fit
+    left = 0
+    if names:
+        left = 12 + max(int(font.getlength(name)) for name in names)
+    size = (left + len(columns) * width, 24 + len(rows) * height)
+    grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
     for c, title in enumerate(columns):
-        draw.text((left + c * width + 2, 4), title, "black", font)
+        x = left + c * width
+        draw.text((x + 2, 4), title, "black", font)
+        for r, row in enumerate(rows):
+            y = 24 + r * height
+            grid.paste(to_picture(row[c]), (x, y))
     for r, name in enumerate(names):
-        draw.text((6, 16 + (r + 0.5) * height), name, "black", font)
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            grid.paste(to_picture(picture), (left + c * width, 24 + r * height))
+        y = 16 + (r + 0.5) * height
+        draw.text((6, y), name, "black", font)
     return grid
 
 
-def draw_views(target: torch.Tensor, views: dict, count: int = 4) -> Image.Image:
+def draw_views(target: Tensor, views: dict, count: int = 4) -> Image.Image:
     """A row an image: the target (B, 3, H, W), and the views that a loss returned of it."""
-    views = {key: view[:count] for key, view in views.items()}
-    columns = {"image": target[:count]}
-    if "depth" in views:
-        columns["depth"] = colour_depth(views["depth"])
-    if "flow" in views:
-        columns["flow"] = colour_flow(views["flow"])
-    if "warped" in views:
-        warped = views["warped"]  # depth warps several sources, (B, S, 3, H, W)
-        columns["warped source"] = warped[:, 0] if warped.dim() == 5 else warped
-    if "mask" in views:
-        columns["trains here"] = views["mask"].float().expand(-1, 3, -1, -1)
-    if "removed" in views:
-        columns["input"] = columns["image"].masked_fill(views["removed"], REMOVED_COLOUR)
-        columns["reconstruction"] = views["reconstruction"]
-    rows = [list(row) for row in zip(*columns.values())]
-    return picture_grid(rows, list(columns))
+    few = {key: view[:count] for key, view in views.items()}
+    target = target[:count]
+    columns = {"image": target}
+    if "depth" in few:
+        columns["depth"] = colour_depth(few["depth"])
+    if "flow" in few:
+        columns["flow"] = colour_flow(few["flow"])
+    if "warped" in few:
+        warped = few["warped"]
+        if warped.dim() == 5:  # of several sources, (B, S, 3, H, W)
+            warped = warped[:, 0]
+        columns["warped source"] = warped
+    if "mask" in few:
+        mask = few["mask"].float()
+        columns["trains here"] = mask.expand(-1, 3, -1, -1)
+    if "removed" in few:
+        columns["input"] = target.masked_fill(few["removed"], REMOVED_COLOUR)
+        columns["reconstruction"] = few["reconstruction"]
+    return picture_grid(by_image(columns), list(columns))
 
 
-def draw_labels(images: torch.Tensor, label: torch.Tensor, prediction: torch.Tensor,
+def by_image(columns: dict[str, Tensor]) -> list[tuple]:
+    """Rows of pictures from columns of them."""
+    return list(zip(*columns.values()))
+
+
+def draw_labels(images: Tensor, label: Tensor, prediction: Tensor,
                 colours: tuple, count: int = 4) -> Image.Image:
     """A row an image (B, 3, H, W): with its label and the prediction, train ids (B, H, W)."""
-    label = colour_labels(label[:count], colours)
-    prediction = colour_labels(prediction[:count], colours)
-    rows = [list(row) for row in zip(images[:count], label, prediction)]
-    return picture_grid(rows, ["image", "label", "prediction"])
+    columns = {
+        "image": images[:count],
+        "label": colour_labels(label[:count], colours),
+        "prediction": colour_labels(prediction[:count], colours),
+    }
+    return picture_grid(by_image(columns), list(columns))

@@ -19,7 +19,7 @@
 # Settings, from the environment:
 #   DATA=synthetic|kitti   SEEDS="0 1 2"   JOBS at a time   RUNS, the folder of runs   PYTHON=python
 #   KITTI (or KITTI_RAW and KITTI_LABELS), CITYSCAPES, NYU (labelled), NYU_RAW (scenes), VOC, ADE20K, CAMVID: roots
-#   WEIGHTS=weights, the folder of downloaded checkpoints   CACHE, a folder for decoded frames
+#   SUFFIX=jpg|png of KITTI's frames   WEIGHTS=weights, downloaded checkpoints   CACHE, a folder for decoded frames
 #   for real: SIZE="96 320" CAMVID_SIZE="192 256" BATCH=4 STEPS=2000 TUNING_STEPS=300
 # shellcheck disable=SC2034,SC2046,SC2086  # settings are words; functions read those of their caller
 # shellcheck disable=SC2329  # called by name
@@ -46,12 +46,14 @@ if [ "$DATA" = synthetic ]; then  # two CPU cores: small, one thread a job
   JOBS=${JOBS:-2} CACHE=${CACHE-$RUNS/cache}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   video=(--data synthetic --data_path "$STREET") labels=("${video[@]}")
+  frames=$STREET/2011_09_26/2011_09_26_drive_9001_sync/image_02/data suffix=png  # for pictures of flow
   main=stereo size="--height 64 --width 192" large="--height 128 --width 384"
   depth="--steps 300 --batch_size 4 --learning_rate 2e-4 --num_workers 0" flow=$depth reconstruction=$depth
   batch=4 tuning="--steps 80 --learning_rate 5e-4 --eval_every 40 --num_workers 0"
 else  # the paper's settings: 20 epochs of 39,810 samples for depth, 50 for flow and reconstruction
   JOBS=${JOBS:-1} CACHE=${CACHE-}
   video=(--data kitti --data_path "$KITTI_RAW") labels=(--data kitti --data_path "$KITTI_LABELS")
+  frames=$KITTI_RAW/2011_09_26/2011_09_26_drive_0013_sync/image_02/data suffix=${SUFFIX:-jpg}
   main=mono+stereo size="--height 192 --width 640" large="--height 320 --width 1024"
   depth="--steps 66350 --batch_size 12 --learning_rate 1e-4 --learning_rate_drop 0.75 --learning_rate_factor 0.1"
   flow="--steps 248800 --batch_size 8 --learning_rate 5e-5 --learning_rate_drop 1 --learning_rate_factor 1"
@@ -154,16 +156,16 @@ fig5() {  # pre-trained at one size, fine-tuned at another, both ways
   each "imagenet depth large" resnet18 unet all 16 large
 }
 
-fig6() {  # activations of a shallow layer, and segmentations
+fig6() {  # activations of a shallow layer, each beside the segmentation
   each "$paper" resnet18 unet all 16
   picture gradcam fig6.png resnet18 "$paper"
-  picture grid fig6_segmentation.png resnet18 "$paper"
 }
 
 fig7() {  # depth helps, flow hurts
   each "none flow-encoder flowimagenet-encoder depthrand depth" resnet18 unet all 16
   each "none calibrated flow-encoder flowimagenet-encoder depthrand depth" resnet18 unet frozen 16
-  draw grid fig7.png --weights "$RUNS/flow_resnet18" "$RUNS/depthrand_resnet18"
+  job evaluate.py grid "$frames"/00000000{10,11,12,13}."$suffix" --output "$RUNS/fig7.png" \
+    --weights "$RUNS/flow_resnet18" "$RUNS/depthrand_resnet18"
 }
 
 fig8() {  # NYU-v2: raw scenes with Kinect depth (407,024 frames, 10 epochs), then the 795 labelled images
@@ -340,17 +342,14 @@ other_domain() {
 
 size_options() { echo "--height $1 --width $2"; }
 
-# draw COMMAND FILE OPTION…
-draw() { job evaluate.py "$1" "${labels[@]}" --output "$RUNS/$2" "${@:3}"; }
-
 # picture COMMAND FILE ENCODER "PRE-TRAINING…": of the first seed's fine-tunings on 16 images
 picture() {
   local init weights=()
   for init in $4; do weights+=("$RUNS/seg_${init}_$3_unet_all_n16_seed${SEEDS%% *}"); done
-  draw "$1" "$2" --weights "${weights[@]}"
+  job evaluate.py "$1" "${labels[@]}" --output "$RUNS/$2" --weights "${weights[@]}"
 }
 
-# training_scores "PRE-TRAINING…" REST-OF-NAME: scores on the training images, into each run's train.json
+# training_scores "PRE-TRAINING…" REST-OF-NAME: scores on the training images, into each run's folder train
 training_scores() {
   local init seed run
   for init in $1; do
@@ -361,12 +360,13 @@ training_scores() {
   done
 }
 
-# depth_quality "PRE-TRAINING…" ENCODER: errors on the video's own LiDAR, into each run's depth.json
+# depth_quality "PRE-TRAINING…" ENCODER: errors on the video's own LiDAR beside a constant's, into each run's depth.json
 depth_quality() {
   local kind run
   for kind in $1; do
     run=$RUNS/${kind}_$2_seed$SEEDS
-    job evaluate.py depth "${video[@]}" --scale median --output "$run" --weights "$run"
+    job evaluate.py depth "${video[@]}" --frames 0:144 --constant_from 0:144 --scale median \
+      --output "$run" --weights "$run"
   done
 }
 

@@ -8,15 +8,19 @@
 Weights, options, log and pictures go to runs/<name>/; the same command again continues there.
 """
 
-import argparse
 import math
 import time
+from argparse import Namespace, RawDescriptionHelpFormatter
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
+import batches
 import datasets
+import images
 import losses
+import metrics
 import networks
 import pictures
 import utils
@@ -29,8 +33,8 @@ CHANNELS = {"depth": 1, "flow": 2, "reconstruction": 3}
 
 # ---- options -----------------------------------------------------------------------------------
 
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_options(argv: list[str] | None = None) -> Namespace:
+    parser = utils.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to learn").add_argument
     add("--task", choices=("depth", "flow", "reconstruction"), default="depth")
     add("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
@@ -44,7 +48,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min_depth", type=within(float, 1e-6), help="default: 0.1; stereo 0.54 m, LiDAR 1 m")
     add("--max_depth", type=within(float, 1e-6), help="default: 100; stereo 540 m, LiDAR 100 m")
     add("--smoothness", type=within(float, 0), help="weight (default: 1e-3; flow 2)")
-    add("--no_automask", action="store_true", help="train where an unmoved source fits as well")
     add("--reconstruction", choices=("paper", "release"), default="paper",
         help="paper: rectangles removed, L1 there; release: 7x7 patches removed, L1 everywhere")
     add("--monodepth2", action="store_true", help="Monodepth2's start of depth and image border")
@@ -52,8 +55,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     datasets.add_loader_options(parser)
 
     add = parser.add_argument_group("network").add_argument
-    add("--arch", choices=("unet", "deeplabv3", "dpt"), default="unet",
-        help="unet has four output scales (paper); deeplabv3 for Table 5; dpt for a ViT")
+    add("--arch", choices=("unet", "deeplabv3", "dpt"), default="unet", help="paper: unet")
     add("--encoder", choices=networks.ENCODERS, default="resnet18", metavar="NAME",
         help=f"one of {', '.join(networks.ENCODERS)}")
     add("--output_stride", type=int, choices=(8, 16), default=8, help="of deeplabv3 (Table 5: 16)")
@@ -61,8 +63,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=within(int, 1), default=66_350,
-        help="paper: 66350, 20 epochs of Eigen-Zhou's 39810 samples at batch 12")
+    add("--steps", type=within(int, 1), default=66_350, help="paper: 66350, 20 epochs of KITTI")
     add("--batch_size", type=within(int, 1), default=12, help="paper: 12; the baselines 8")
     add("--learning_rate", type=within(float, 1e-12, 1), default=1e-4, help="paper: 1e-4; flow 5e-5")
     add("--learning_rate_drop", type=within(float, 0, 1), nargs="+", default=[0.75], metavar="SHARE",
@@ -77,58 +78,56 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def complete(args: argparse.Namespace) -> None:
+def complete(args: Namespace) -> None:
     """Fills in the defaults that depend on other options."""
     if args.frame_ids is None:
         args.frame_ids = [0, -1, 1] if is_video(args) else [0, -1] if args.task == "flow" else [0]
     # Monodepth2's range is 0.1 to 100; with a baseline in metres its unit is 5.4 m
-    ranges = {"mono": (0.1, 100.0), "depth": (1.0, 100.0)}
-    near, far = ranges.get(args.supervision, (0.54, 540.0))
-    args.min_depth = args.min_depth or near
-    args.max_depth = args.max_depth or far
+    nearest, farthest = {"mono": (0.1, 100), "depth": (1, 100)}.get(args.supervision, (0.54, 540))
+    args.min_depth = args.min_depth or nearest
+    args.max_depth = args.max_depth or farthest
     if args.smoothness is None:
         args.smoothness = 2.0 if args.task == "flow" else 1e-3
-    if args.name is None:
-        kind = args.supervision if args.task == "depth" else args.task
-        network = args.encoder if args.arch == "unet" else f"{args.arch}_{args.encoder}"
-        init = args.init if args.init in ("none", "imagenet") else "init"
-        args.name = f"{kind}_{args.data}_{network}_{init}_seed{args.seed}"
+    kind = args.supervision if args.task == "depth" else args.task
+    network = args.encoder if args.arch == "unet" else f"{args.arch}_{args.encoder}"
+    init = args.init if args.init in ("none", "imagenet") else "init"
+    args.name = args.name or f"{kind}_{args.data}_{network}_{init}_seed{args.seed}"
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Namespace) -> None:
     """Refuses options that do not fit together."""
     if args.frame_ids[0] != 0 or len(set(args.frame_ids)) < len(args.frame_ids):
         raise InputError("--frame_ids starts with the target, 0, and names every frame once")
-    if is_video(args) and len(args.frame_ids) < 2:
+    if is_video(args) and len(args.frame_ids) == 1:
         raise InputError("--frame_ids needs at least one source frame besides 0")
     if args.task == "flow" and (len(args.frame_ids) != 2 or args.arch != "unet"):
         raise InputError("--task flow takes two frames, --frame_ids 0 -1, and --arch unet")
-    if args.intrinsics == "learned" and (args.task, args.supervision) != ("depth", "mono"):
+    if args.intrinsics == "learned" and (is_stereo(args) or not is_video(args)):
         raise InputError("--intrinsics learned is for --task depth --supervision mono")
     if args.shuffle_depth is not None and not is_measured(args):
         raise InputError("--shuffle_depth is for --task depth --supervision depth")
     if args.min_depth >= args.max_depth:
-        raise InputError(f"--min_depth {args.min_depth:g} is not below --max_depth {args.max_depth:g}")
+        raise InputError(f"--min_depth {args.min_depth:g} is above --max_depth {args.max_depth:g}")
     if len(args.learning_rate_drop) != len(args.learning_rate_factor):
         raise InputError("--learning_rate_drop and --learning_rate_factor need as many values")
     networks.check_options(args)
 
 
-def is_video(args: argparse.Namespace) -> bool:
+def is_video(args: Namespace) -> bool:
     return args.task == "depth" and "mono" in args.supervision
 
 
-def is_stereo(args: argparse.Namespace) -> bool:
+def is_stereo(args: Namespace) -> bool:
     return args.task == "depth" and "stereo" in args.supervision
 
 
-def is_measured(args: argparse.Namespace) -> bool:
+def is_measured(args: Namespace) -> bool:
     return args.task == "depth" and args.supervision == "depth"
 
 
 # ---- data and model ----------------------------------------------------------------------------
 
-def make_dataset(args: argparse.Namespace) -> datasets.Clips:
+def make_dataset(args: Namespace) -> datasets.Clips:
     frame_ids = [str(offset) for offset in args.frame_ids]
     if is_stereo(args):
         frame_ids.append("s")
@@ -136,44 +135,43 @@ def make_dataset(args: argparse.Namespace) -> datasets.Clips:
     return datasets.find_clips(args, frame_ids, is_measured(args), fov=None if needs_K else 60.0)
 
 
-class Objective(torch.nn.Module):
+class Objective(nn.Module):
     """Networks and loss as one module with one forward: what is compiled and what DDP wraps.
 
     forward(batch) returns (terms, views): scalars with "loss" among them, and maps to look at.
     Networks see jittered frames; losses compare the real ones.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
+    def __init__(self, args: Namespace, device: torch.device):
         super().__init__()
         self.args = args
         self.autocast = utils.autocast(args, device)
         self.photometric_loss = losses.PhotometricLoss(
-            args.min_depth, args.max_depth, args.smoothness,
-            automask=not args.no_automask, border=args.monodepth2)
+            args.min_depth, args.max_depth, args.smoothness, border=args.monodepth2)
         arch = "flow" if args.task == "flow" else args.arch
         self.model = networks.build(arch, args.encoder, CHANNELS[args.task], scales=(0, 1, 2, 3),
                                     output_stride=args.output_stride)
+        self.metric = is_stereo(args) or is_measured(args)  # video alone has no metres
         self.pose = networks.PoseNet("resnet18") if is_video(args) else None
         self.intrinsics = None  # a networks.Intrinsics where K is learned
 
-    def parts(self) -> dict[str, torch.nn.Module]:
+    def parts(self) -> dict[str, nn.Module]:
         """The parts that checkpoints tell apart."""
-        extra = [module for module in (self.pose, self.intrinsics) if module is not None]
         parts = self.model.parts()
-        for module in extra:
+        for module in filter(None, (self.pose, self.intrinsics)):
             parts |= module.parts()
         return parts
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+    def forward(self, batch: dict[str, Tensor]) -> losses.Results:
         inputs = batch["frames"][:, :len(self.args.frame_ids)]  # no network sees the other camera
-        jittered = datasets.color_jitter(inputs, batch["jitter"])  # (B, F, 3, H, W)
+        jittered = batches.color_jitter(inputs, batch["jitter"])  # (B, F, 3, H, W)
         if self.args.task == "flow":
             return self.flow(jittered, batch)
         if self.args.task == "reconstruction":
             return self.reconstruction(jittered, batch)
         return self.depth(jittered, batch)
 
-    def depth(self, jittered: torch.Tensor, batch: dict) -> tuple[dict, dict]:
+    def depth(self, jittered: Tensor, batch: dict) -> losses.Results:
         """Eq. (1): photometric error across views, or distance to measured depth."""
         args = self.args
         with self.autocast():
@@ -194,7 +192,7 @@ class Objective(torch.nn.Module):
         terms, views = self.photometric_loss(disparities, target, sources, K, poses)
         return terms, {**views, "poses": torch.stack(poses, 1).detach()}
 
-    def motion(self, jittered: torch.Tensor, batch: dict) -> tuple[torch.Tensor, list]:
+    def motion(self, jittered: Tensor, batch: dict) -> tuple[Tensor, list]:
         """K (B, 3, 3), and the pose (B, 4, 4) from the target to each source frame."""
         K = batch["K"]
         unit = 1.0
@@ -211,105 +209,72 @@ class Objective(torch.nn.Module):
             poses.append(pose)
         return K, poses
 
-    def flow(self, jittered: torch.Tensor, batch: dict) -> tuple[dict, dict]:
+    def flow(self, jittered: Tensor, batch: dict) -> losses.Results:
         with self.autocast():
             flows = self.model(jittered[:, 0], jittered[:, 1])
         target, source = batch["frames"].unbind(1)
         return losses.flow_loss(flows, target, source, self.args.smoothness)
 
-    def reconstruction(self, jittered: torch.Tensor, batch: dict) -> tuple[dict, dict]:
+    def reconstruction(self, jittered: Tensor, batch: dict) -> losses.Results:
         removed = batch["removed"]  # (B, 1, H, W)
         with self.autocast():
             outputs = self.model(jittered[:, 0].masked_fill(removed, pictures.REMOVED_COLOUR))
-        images = [output.sigmoid() for output in outputs]
+        colours = [output.sigmoid() for output in outputs]
         everywhere = self.args.reconstruction == "release"
-        return losses.reconstruction_loss(images, batch["frames"][:, 0], removed, everywhere)
+        return losses.reconstruction_loss(colours, batch["frames"][:, 0], removed, everywhere)
 
 
-def build(args: argparse.Namespace, device: torch.device) -> tuple[Objective, str]:
+def build(args: Namespace, device: torch.device) -> tuple[Objective, str]:
     """The objective on its device, and what was loaded into it."""
     torch.manual_seed(args.seed)
     objective = Objective(args, device)
-    metric = is_stereo(args) or is_measured(args)
-    if metric and not args.monodepth2:
+    if objective.metric and not args.monodepth2:
         # a sigmoid starts at twice the nearest depth; start in the middle of the range instead
         middle = math.sqrt(args.min_depth * args.max_depth)
         disparity = losses.depth_to_disparity(middle, args.min_depth, args.max_depth)
         networks.set_head_bias(objective.model.decoder, math.log(disparity / (1 - disparity)))
     loaded = "random weights"
     if args.init != "none":
-        loaded = weights.load_weights(objective.model, args.init, args.task, args.init_parts, objective.pose)
+        loaded = weights.load_weights(
+            objective.model, args.init, args.task, args.init_parts, objective.pose)
     return objective.to(device).train(), loaded
 
 
-def make_optimizer(args: argparse.Namespace, objective: Objective) -> torch.optim.Optimizer:
-    parameters = list(objective.model.parameters())
-    if objective.pose is not None:
-        parameters += objective.pose.parameters()
-    groups = [{"params": parameters, "factor": 1}]
-    if objective.intrinsics is not None:
-        groups.append({"params": list(objective.intrinsics.parameters()), "factor": INTRINSICS_RATE})
+def make_optimizer(args: Namespace, objective: Objective) -> torch.optim.Optimizer:
+    named = list(objective.named_parameters())
+    learned = [parameter for name, parameter in named if name.startswith("intrinsics.")]
+    others = [parameter for name, parameter in named if not name.startswith("intrinsics.")]
+    groups = [{"params": others, "factor": 1}]
+    if learned:
+        groups.append({"params": learned, "factor": INTRINSICS_RATE})
     return torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
 
 
-def learning_rate(args: argparse.Namespace, step: int) -> float:
-    factor = 1.0
-    for share, later in zip(args.learning_rate_drop, args.learning_rate_factor):
-        if step >= share * args.steps:
-            factor = later
-    return factor * args.learning_rate
+def learning_rate(args: Namespace, step: int) -> float:
+    passed = sum(step >= share * args.steps for share in args.learning_rate_drop)
+    return args.learning_rate * [1.0, *args.learning_rate_factor][passed]
 
 
-def add_draws(batch: dict, args: argparse.Namespace, step: int) -> dict:
+def add_draws(batch: dict, args: Namespace, step: int) -> None:
     """Adds the step's random numbers to its batch: functions of seed and step alone."""
     frames = batch["frames"]
-    batch["jitter"] = datasets.draw_jitter(len(frames), args.seed, step)
+    draws = {"jitter": batches.draw_jitter(len(frames), args.seed, step)}
     if args.task == "reconstruction":
         kind = "rectangles" if args.reconstruction == "paper" else "patches"
-        batch["removed"] = datasets.draw_patches(frames[:, 0].shape, args.seed, step, kind)
-    for key in ("jitter", "removed"):
-        if key in batch:
-            batch[key] = batch[key].to(frames.device, non_blocking=True)
-    return batch
+        draws["removed"] = batches.draw_patches(frames[:, 0].shape, args.seed, step, kind)
+    for key, value in draws.items():
+        batch[key] = batches.to_device(value, frames.device)
 
 
-# ---- what to look at ---------------------------------------------------------------------------
-
-def find_trouble(terms: dict, views: dict) -> dict[str, str]:
-    """What looks wrong in a training. Waits for the device, so at log steps only."""
-    trouble = {}
-    masked = float(terms.get("masked", 0))
-    if masked > 0.8:
-        trouble["masked"] = (f"an unmoved source explains {masked:.0%} of the pixels, which do not "
-                             "train: does the camera stand still?")
-    if "depth" in views:
-        disparity = 1 / views["depth"].flatten(1)
-        if float((disparity.std(1) / disparity.mean(1)).mean()) < 0.02:
-            trouble["depth"] = ("disparity is nearly the same everywhere: try another --seed "
-                                "or a lower --learning_rate")
-    if "poses" in views:
-        change = (views["poses"] - torch.eye(4, device=views["poses"].device))[:, :, :3]  # (B, S, 3, 4)
-        turned = float(change[..., :3].abs().mean())
-        moved = float(change[..., 3].norm(dim=-1).mean() / views["depth"].mean())
-        if max(moved, turned) < 1e-3:
-            trouble["pose"] = "the pose network sees hardly any motion, which depth is learned from"
-    return trouble
-
-
-def introduce(args: argparse.Namespace, run: utils.Run, dataset: datasets.Clips, loaded: str) -> None:
+def introduce(args: Namespace, dataset: datasets.Clips, loaded: str) -> None:
     """Prints what this run does."""
-    what = f"depth ({args.supervision})" if args.task == "depth" else args.task
     left_out = f" (left out: {dataset.dropped})" if dataset.dropped else ""
     epochs = args.steps * args.batch_size / len(dataset)
-    print(f"{run.folder}: {what} on {len(dataset)} samples of {dataset.name}{left_out}")
-    print(f"{args.arch} {args.encoder}, {loaded}; {args.width}x{args.height}, batch {args.batch_size}, "
-          f"{args.steps} steps = {epochs:.1f} epochs on {args.device}")
+    print(f"{args.name}: {len(dataset)} samples of {dataset.name}{left_out}")
+    print(f"{args.arch} {args.encoder}, {loaded}; {args.width}x{args.height}, "
+          f"{args.steps} steps of {args.batch_size} = {epochs:.1f} epochs on {args.device}")
     if args.data == "camvid":
-        print("these are CamVid's evaluation images: call this pre-training transductive")
-    if args.task == "depth" and args.supervision == "mono":
-        print("monocular video fixes depth up to one unknown scale: it has no metres")
-    if args.intrinsics == "learned":
-        print("only turning shows a focal length: without it, --fov and --steps decide")
+        print("these are CamVid's evaluation images: this pre-training is transductive")
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -322,16 +287,15 @@ def main() -> int:
     # data
     dataset = make_dataset(args)
     if len(dataset) < args.batch_size:
-        raise InputError(f"--batch_size {args.batch_size} is larger than the data ({len(dataset)} samples)")
+        raise InputError(f"--batch_size {args.batch_size} is larger than the data, {len(dataset)}")
     dataset.read(0)  # what cannot be read is found before the run begins
 
     # model
     objective, loaded = build(args, device)
     if args.intrinsics == "learned":
         cameras = datasets.find_cameras(dataset, args.fov)
-        objective.intrinsics = networks.Intrinsics(cameras.given, cameras.start, dataset.size).to(device)
-
-    # optimiser
+        learned = networks.Intrinsics(cameras.given, cameras.start, dataset.size)
+        objective.intrinsics = learned.to(device)
     optimizer = make_optimizer(args, objective)
 
     # run folder: a checkpoint there is continued
@@ -340,11 +304,12 @@ def main() -> int:
         print(f"{run.folder}: finished already")
         return 0
     start = run.restore(optimizer, objective.parts())
-    introduce(args, run, dataset, loaded)
-    keys = ("task", "supervision", "arch", "encoder", "init", "height", "width", "crop", "min_depth",
-            "max_depth", "data", "seed", "shuffle_depth", "reconstruction")
-    options = {key: getattr(args, key) for key in keys}
-    options |= {**objective.model.settings, "metric": is_stereo(args) or is_measured(args), "samples": len(dataset)}
+    introduce(args, dataset, loaded)
+    keys = ("task", "supervision", "arch", "encoder", "init", "height", "width", "crop",
+            "min_depth", "max_depth", "data", "seed", "shuffle_depth", "reconstruction")
+    options = {key: getattr(args, key) for key in keys} | objective.model.settings
+    options["metric"] = objective.metric
+    options["samples"] = len(dataset)
     step_module = utils.prepare(objective, args, device)
 
     # loop
@@ -352,12 +317,13 @@ def main() -> int:
     trouble = {}
     record = {}
     done = start
-    batches = iter(datasets.train_batches(dataset, args, start, device))
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True,
+    stream = batches.train_batches(dataset, args, start, device)
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps,
                     disable=None if run.writes else True)
     for step in progress:
         began = time.perf_counter()
-        batch = add_draws(next(batches), args, step)
+        batch = next(stream)
+        add_draws(batch, args, step)
         waited = time.perf_counter() - began
         rate = learning_rate(args, step)
         for group in optimizer.param_groups:
@@ -378,35 +344,35 @@ def main() -> int:
         if logs or saves or device.type == "cpu":  # asking makes a GPU wait, so not every step
             utils.refuse_nonfinite(terms, objective, done, batch["index"])
         optimizer.step()
-
+        if step == start:
+            tqdm.write(f"first step: {time.perf_counter() - began:.1f} s")
         if run.writes and (step == 0 or saves):
             grid = pictures.draw_views(batch["frames"][:, 0], views)
             grid.save(run.path(f"samples/{done:06d}.png"))
         if logs:
             record = {**meter.record(args.batch_size), "learning_rate": rate}
             if objective.intrinsics is not None:
-                record |= datasets.focal_and_centre(objective.intrinsics.cameras().detach().mean(0))
+                record |= images.focal_and_centre(learned.cameras().detach().mean(0))
             run.log({"step": done, **record})
             progress.set_postfix(loss=f"{record['loss']:.4g}")
-            found = find_trouble(terms, views) if done > 0.1 * args.steps else {}
+            found = metrics.find_trouble(terms, views) if done > 0.1 * args.steps else {}
             for kind in found.keys() - trouble.keys():
                 tqdm.write(f"warning: {found[kind]}")
-            trouble = {**found, **trouble}
+            trouble |= found
         if saves:
             run.save(done, options, optimizer, objective.parts())
         if last:
             break
 
-    # result
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return utils.STOPPED
     if run.writes:
-        result = {"step": done, "samples": len(dataset), **record, "warnings": list(trouble.values())}
+        result = {"step": done, **record, "warnings": list(trouble.values())}
         if objective.intrinsics is not None:
-            result["cameras"] = cameras.describe(objective.intrinsics.cameras())
+            result["cameras"] = cameras.describe(learned.cameras())
         utils.save_json(run.path("result.json"), result)
-        print(f"{args.name}: {done} steps done" + (f", loss {record['loss']:.4f}" if record else ""))
+        print(f"{args.name}: {done} steps done, loss {record.get('loss', math.nan):.4f}")
     return 0
 
 

@@ -17,9 +17,10 @@ import time
 import torch
 from tqdm import tqdm
 
+import batches
 import datasets
-import evaluate
 import losses
+import metrics
 import networks
 import pictures
 import utils
@@ -35,8 +36,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to learn").add_argument
     add("--data", default="synthetic", help=f"one of {', '.join(datasets.LABELLED)}")
-    add("--train_size", type=within(int, 1),
-        help="labelled images to train on, drawn at random (paper: 16; default: all)")
+    add("--train_size", type=within(int, 1), help="images drawn at random (paper: 16; default: all)")
     add("--split_seed", type=within(int, 0), default=0,
         help="seed of that draw; the evaluation images are always the same")
     add("--leave_out", nargs="+", default=[], metavar="NAME",
@@ -61,8 +61,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         help="blocks that DPT reads: spread over the depth, or the last four")
     add("--init", default="none", help="none, imagenet, a run folder, or a checkpoint file")
     add("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads")
-    add("--freeze_encoder", action="store_true",
-        help="train the decoder alone; the encoder's batch-norm statistics stay, too")
+    add("--freeze_encoder", action="store_true", help="weights and batch-norm statistics stay")
     add("--calibrate_batch_norm", action="store_true",
         help="first estimate the encoder's batch-norm statistics on the training images")
     add("--freeze_batch_norm_only", action="store_true",
@@ -78,15 +77,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         help="the encoder's rate is X times the decoder's")
     add("--optimizer", choices=("adam", "sgd", "adamw"), default="adam",
         help="sgd has momentum 0.9 (paper: adam; Cityscapes sgd)")
-    add("--weight_decay", type=within(float, 0, 1), default=None,
-        help="default: 0 for adam, 1e-4 for sgd, 0.05 for adamw")
+    add("--weight_decay", type=within(float, 0, 1), help="default: adam 0, sgd 1e-4, adamw 0.05")
     add("--clip_gradients", type=within(float, 1e-9), metavar="NORM", help="largest gradient norm")
     add("--warmup_steps", type=within(int, 0), default=0, help="the rate rises from 0 over these")
-    add("--schedule", choices=("cosine", "poly"), default="cosine",
-        help="paper: cosine; Cityscapes poly")
+    add("--schedule", choices=("cosine", "poly"), default="cosine", help="Cityscapes: poly")
     add("--poly_power", type=within(float, 0, 10), default=0.9, help="(1 - step / steps)^POWER")
-    add("--eval_every", type=within(int, 1), default=1000,
-        help="steps between evaluations (paper: 1000)")
+    add("--eval_every", type=within(int, 1), default=1000, help="steps (paper: 1000)")
     utils.add_run_options(parser)
     utils.add_device_options(parser)
     args = parser.parse_args(argv)
@@ -104,8 +100,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 def default_name(args: argparse.Namespace) -> str:
     init = os.path.basename(os.path.normpath(args.init).removesuffix("/model.pt"))
     tuned = "frozen" if args.freeze_encoder else "all"
-    if args.freeze_batch_norm_only:
-        tuned = "frozenbn"
     network = args.encoder if args.arch == "unet" else f"{args.arch}_{args.encoder}"
     draw = f"n{args.train_size or 'all'}_split{args.split_seed}_seed{args.seed}"
     name = f"seg_{args.data}_{network}_{init}_{tuned}_{draw}"
@@ -129,12 +123,12 @@ class Objective(torch.nn.Module):
             dpt_layers=args.dpt_layers, normalize_twice=args.normalize_twice)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[dict, torch.Tensor]:
-        images = batch["image"]
+        image = batch["image"]
         if self.args.jitter > 0:
-            images = datasets.color_jitter(
-                images, batch["jitter"], self.args.jitter, hue=0.0, probability=1.0)
+            image = batches.color_jitter(
+                image, batch["jitter"], self.args.jitter, hue=0.0, probability=1.0)
         with self.autocast():
-            logits = self.model(images)[0]
+            logits = self.model(image)[0]
         return losses.segmentation_loss(logits, batch["label"]), logits
 
 
@@ -156,9 +150,9 @@ def build(args: argparse.Namespace, classes: int, device: torch.device) -> tuple
 
 @torch.no_grad()
 def calibrate_batch_norm(encoder: torch.nn.Module, train_set: datasets.Labelled) -> None:
-    """Estimates the encoder's batch-norm statistics on the training images; nothing else changes.
+    """Estimates the encoder's batch-norm statistics on the training images, and nothing else.
 
-    Without it a random frozen encoder has means 0 and variances 1, which is a straw man.
+    A random frozen encoder with means 0 and variances 1 would be a straw man.
     """
     device = next(encoder.parameters()).device
     norms = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
@@ -167,8 +161,8 @@ def calibrate_batch_norm(encoder: torch.nn.Module, train_set: datasets.Labelled)
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
         norm.train()
-    images = [train_set.load(index)[0] for index in range(len(train_set))]
-    for batch in torch.stack(images).split(16):
+    seen = [train_set.load(index)[0] for index in range(len(train_set))]
+    for batch in torch.stack(seen).split(16):
         encoder(batch.to(device).float() / 255)
     for norm, (momentum, training) in modes.items():
         norm.momentum = momentum
@@ -188,9 +182,8 @@ def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.op
     common = {"lr": args.learning_rate, "weight_decay": decay, "fused": True}
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, **common)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **common)
-    return torch.optim.Adam(groups, **common)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[args.optimizer](groups, **common)
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
@@ -230,7 +223,6 @@ def main() -> int:
         calibrate_batch_norm(model.encoder, train_set)
         pretraining += ", calibrated"
 
-    # optimiser
     optimizer = make_optimizer(args, model)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -240,12 +232,11 @@ def main() -> int:
         print(f"{run.folder}: finished already")
         return 0
     start = run.restore(optimizer, model.parts())
-    print(f"{run.folder}: segmentation of {len(train_set.classes)} classes of {args.data}, "
-          f"{len(train_set)} images for training and {len(val_set)} for evaluation")
+    print(f"{args.name}: {len(train_set.classes)} classes of {args.data}, {len(train_set)} images "
+          f"for training and {len(val_set)} for evaluation")
     millions = sum(parameter.numel() for parameter in trained) / 1e6
-    frozen = " (encoder frozen)" if args.freeze_encoder else ""
-    print(f"{args.arch} {args.encoder}, {millions:.1f} M trained parameters{frozen}, {loaded}; "
-          f"{args.width}x{args.height}, batch {args.batch_size}, {args.steps} steps on {device}")
+    print(f"{args.arch} {args.encoder}, {millions:.1f} M trained parameters, {loaded}; "
+          f"{args.width}x{args.height}, {args.steps} steps of {args.batch_size} on {device}")
     if absent and train_set.keep:
         print("no training image shows " + ", ".join(absent))
     keys = ("arch", "encoder", "height", "width", "crop", "eval_mode", "data")
@@ -256,7 +247,7 @@ def main() -> int:
     step_module = utils.prepare(objective, args, device)
 
     def evaluate_now(done: int) -> dict:
-        scores = evaluate.evaluate_segmentation(model, val_set, device, window=window)
+        scores = metrics.evaluate_segmentation(model, val_set, device, window=window)
         run.log({"step": done, **{key: scores[key] for key in CURVES}})
         return scores
 
@@ -266,14 +257,15 @@ def main() -> int:
         evaluate_now(0)  # where the curves begin
     meter = utils.Meter()
     done = start
-    batches = iter(datasets.train_batches(train_set, args, start, device))
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, dynamic_ncols=True,
+    stream = iter(batches.train_batches(train_set, args, start, device))
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps,
                     disable=None if run.writes else True)
     for step in progress:
         began = time.perf_counter()
-        batch = next(batches)
+        batch = next(stream)
         if args.jitter > 0:
-            batch["jitter"] = datasets.draw_jitter(len(batch["image"]), args.seed, step).to(device)
+            draws = batches.draw_jitter(len(batch["image"]), args.seed, step)
+            batch["jitter"] = batches.to_device(draws, device)
         waited = time.perf_counter() - began
         rate = learning_rate(args, step)
         for group in optimizer.param_groups:
@@ -293,6 +285,8 @@ def main() -> int:
         if args.clip_gradients:
             torch.nn.utils.clip_grad_norm_(trained, args.clip_gradients)
         optimizer.step()
+        if step == start:
+            tqdm.write(f"first step: {time.perf_counter() - began:.1f} s")
 
         if run.writes and (step == 0 or saves):
             prediction = logits.detach().argmax(1)
@@ -311,7 +305,6 @@ def main() -> int:
         if last:
             break
 
-    # result
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return utils.STOPPED

@@ -22,13 +22,11 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from pictures import colour_depth, colour_flow, colour_labels, colour_values, picture_grid, to_picture  # noqa: F401  TEMPORARY
 
 IGNORE = 255  # train id of pixels without a label
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 COMPILE_FROM = 2000  # steps from which compiling pays on a GPU
-# harmless things beside the tensors of a file
 NUMPY_SCALARS = [np._core.multiarray.scalar, np.dtype,
                  *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))]
 
@@ -47,8 +45,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {line.removeprefix('utils.InputError: ')}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        os._exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -91,8 +88,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     add("--amp", choices=("auto", "none", "bf16"), default="auto",
         help="networks in bfloat16, heads and losses in float32 (auto: on a GPU)")
     add("--compile", choices=("auto", "none", "all"), default="auto",
-        help="torch.compile of networks and losses as one function "
-             f"(auto: on a GPU from {COMPILE_FROM} steps)")
+        help=f"networks and losses as one function (auto: on a GPU from {COMPILE_FROM} steps)")
 
 # ---- the device --------------------------------------------------------------------------------
 def pick_device(name: str) -> torch.device:
@@ -204,8 +200,7 @@ def save_json(path: str, content: dict) -> None:
 def read_tensors(path: str) -> dict:
     """A checkpoint as a dict of tensors and builtins; nothing in the file is ever executed.
 
-    Raises InputError where the file is missing, damaged, or needs code to be read.
-    """
+    Raises InputError where the file is missing, damaged, or needs code to be read."""
     if not os.path.isfile(path):
         raise InputError(f"no checkpoint at {path}")
     reason = "it is damaged"
@@ -229,7 +224,7 @@ MAY_CHANGE = {"resume", "device", "compile", "num_workers", "log_dir", "log_ever
               "cache", "data_path", "tensorboard"}
 # Defaults of the first edition's options that went or changed: with these its runs continue.
 FIRST_EDITION = {"depth_loss": "l1", "min_motion": 0, "patches": "rectangles",
-                 "average_sources": False, "depth_scale": 1000}
+                 "average_sources": False, "no_automask": False, "depth_scale": 1000}
 
 
 class Run:
@@ -251,7 +246,7 @@ class Run:
             self._lock()
         self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
         if not self.writes:
-            self.stops()  # waits until rank 0 has put the folder in order
+            self.stops()  # waits until rank 0 has the folder in order
         self.checkpoint = read_last(self.path("last.pt"))
         if self.writes:
             self.stops()

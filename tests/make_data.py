@@ -14,17 +14,25 @@ import utils
 
 DRIVE = "2011_09_26/2011_09_26_drive_9001_sync"
 UPRIGHT_TAG = 0x112  # the EXIF tag that says how a picture is turned
-KITTI_K = np.array([[56.0, 0, 47.5], [0, 56, 30.5], [0, 0, 1]])  # of images of 96x64 pixels
+KITTI_K = np.array(
+    [[56.0, 0, 47.5], [0, 56, 30.5], [0, 0, 1]]
+)  # of images of 96x64 pixels
 BASELINE = 0.5
 
 
 def picture(height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
     """A smooth random picture, (H, W, 3) uint8, another for every seed."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    coarse = np.random.default_rng(seed).integers(
+        0, 256, (height // 8, width // 8, 3), np.uint8
+    )
+    return np.array(
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    )
 
 
-def write_image(path, height: int = 64, width: int = 96, seed: int = 0, **options) -> str:
+def write_image(
+    path, height: int = 64, width: int = 96, seed: int = 0, **options
+) -> str:
     """Write a smooth random picture; the format follows from the name."""
     return write_array(path, picture(height, width, seed), **options)
 
@@ -42,7 +50,9 @@ def write_text(path, text: str) -> str:
     return str(path)
 
 
-def write_depth(path, metres: float, height: int = 64, width: int = 96, scale: int = 1000) -> str:
+def write_depth(
+    path, metres: float, height: int = 64, width: int = 96, scale: int = 1000
+) -> str:
     """A 16-bit PNG of one distance everywhere."""
     return write_array(path, np.full((height, width), round(metres * scale), np.uint16))
 
@@ -56,7 +66,10 @@ def turned(orientation: int) -> Image.Exif:
 
 # ---------------------------------------------------------------- own frames
 
-def write_frames(folder, names, intrinsics: str | None = "60 60 47.5 31.5", **size) -> str:
+
+def write_frames(
+    folder, names, intrinsics: str | None = "60 60 47.5 31.5", **size
+) -> str:
     """Own images of these names, each with a picture of its own, and intrinsics.txt."""
     for seed, name in enumerate(names):
         write_image(os.path.join(folder, name), seed=seed, **size)
@@ -71,6 +84,7 @@ def numbered(pattern: str, numbers) -> list[str]:
 
 
 # ---------------------------------------------------------------- KITTI
+
 
 def calibration_text(K: np.ndarray, height: int, width: int, baseline: float) -> str:
     """KITTI's calib_cam_to_cam.txt; the first camera coincides with the left one."""
@@ -95,11 +109,16 @@ VELODYNE_TEXT = "R: 0 -1 0 0 0 -1 1 0 0\nT: 0 0 0\n"
 
 
 def write_calibration(day, K=KITTI_K, height: int = 64, width: int = 96) -> None:
-    write_text(os.path.join(day, "calib_cam_to_cam.txt"), calibration_text(K, height, width, BASELINE))
+    write_text(
+        os.path.join(day, "calib_cam_to_cam.txt"),
+        calibration_text(K, height, width, BASELINE),
+    )
     write_text(os.path.join(day, "calib_velo_to_cam.txt"), VELODYNE_TEXT)
 
 
-def write_drive(root, drive: str = DRIVE, frames: int = 4, height: int = 64, width: int = 96) -> None:
+def write_drive(
+    root, drive: str = DRIVE, frames: int = 4, height: int = 64, width: int = 96
+) -> None:
     """The images of both cameras and two LiDAR points straight ahead, 10 and 20 m away."""
     for number in range(frames):
         for side in (2, 3):
@@ -150,7 +169,9 @@ def blocks(ids, height: int, width: int, seed: int = 0) -> np.ndarray:
     return coarse.repeat(4, 0).repeat(4, 1)[:height, :width]
 
 
-def write_cityscapes(root, cities=("aachen", "ulm"), height: int = 64, width: int = 128) -> str:
+def write_cityscapes(
+    root, cities=("aachen", "ulm"), height: int = 64, width: int = 128
+) -> str:
     """Two labelled images a city in train, one in val, with disparity and camera; a video around the first.
 
     Disparity is 10 pixels, 0 (none) in the first column, 1 (infinity) in the second.
@@ -186,11 +207,16 @@ def write_cityscapes_video(root, cities, height: int, width: int) -> None:
 
 # ---------------------------------------------------------------- labelled images
 
-def write_semantics(folder, count: int = 4, ids=(0, 7, 26), height: int = 64, width: int = 96) -> str:
+
+def write_semantics(
+    folder, count: int = 4, ids=(0, 7, 26), height: int = 64, width: int = 96
+) -> str:
     """KITTI's semantics layout with blocks of the given raw ids."""
     for index in range(count):
         name = f"{index:06d}_10.png"
-        write_image(os.path.join(folder, "training", "image_2", name), height, width, seed=index)
+        write_image(
+            os.path.join(folder, "training", "image_2", name), height, width, seed=index
+        )
         label = blocks(ids, height, width, index)
         write_array(os.path.join(folder, "training", "semantic", name), label)
     return str(folder)
@@ -200,10 +226,17 @@ def write_camvid(folder, train: int = 4, val: int = 3, ids=(0, 3, 8, 11)) -> str
     """CamVid in SegNet's layout; the frames of val are consecutive, with a step of 2."""
     for split, count in (("train", train), ("val", val)):
         for index in range(count):
-            stem = f"0016E5_{7959 + 2 * index:05d}" if split == "val" else f"0001TP_{6690 + 30 * index:06d}"
+            stem = (
+                f"0016E5_{7959 + 2 * index:05d}"
+                if split == "val"
+                else f"0001TP_{6690 + 30 * index:06d}"
+            )
             seed = index + 50 * (split == "val")
             write_image(os.path.join(folder, split, f"{stem}.png"), seed=seed)
-            write_array(os.path.join(folder, f"{split}annot", f"{stem}.png"), blocks(ids, 64, 96, seed))
+            write_array(
+                os.path.join(folder, f"{split}annot", f"{stem}.png"),
+                blocks(ids, 64, 96, seed),
+            )
     return str(folder)
 
 
@@ -227,15 +260,22 @@ def write_voc(folder, listed: dict[str, list[str]]) -> str:
         if split == "train_aug":
             line = "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png\n"
         text = "".join(line.format(name) for name in some)
-        write_text(os.path.join(root, "ImageSets", "Segmentation", f"{split}.txt"), text)
+        write_text(
+            os.path.join(root, "ImageSets", "Segmentation", f"{split}.txt"), text
+        )
     return root
 
 
 def write_ade20k(folder) -> str:
     """One image each for training and validation, with every id from 0 to 150."""
     label = np.arange(2560).reshape(40, 64).clip(0, 150).astype(np.uint8)
-    for split, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
-        write_image(os.path.join(folder, "images", split, f"{name}.jpg"), 40, 64, len(name))
+    for split, name in (
+        ("training", "ADE_train_00000001"),
+        ("validation", "ADE_val_00000001"),
+    ):
+        write_image(
+            os.path.join(folder, "images", split, f"{name}.jpg"), 40, 64, len(name)
+        )
         write_array(os.path.join(folder, "annotations", split, f"{name}.png"), label)
     return str(folder)
 
@@ -245,25 +285,34 @@ def write_nyu(root, train=(1, 3), test=(2,)) -> str:
     for number in (*train, *test):
         name = f"{number:04d}.png"
         write_image(os.path.join(root, "image", name), 60, 80, seed=number)
-        write_array(os.path.join(root, "label40", name), blocks(range(41), 60, 80, number))
+        write_array(
+            os.path.join(root, "label40", name), blocks(range(41), 60, 80, number)
+        )
         write_depth(os.path.join(root, "depth", name), number, 60, 80)
     for split, numbers in (("train", train), ("test", test)):
-        write_text(os.path.join(root, f"{split}.txt"), "".join(f"{n:04d}\n" for n in numbers))
+        write_text(
+            os.path.join(root, f"{split}.txt"), "".join(f"{n:04d}\n" for n in numbers)
+        )
     return str(root)
 
 
-def write_nyu_scenes(root, scenes=(("kitchen_0001", (1, 2)), ("office_0002", (7,)))) -> str:
+def write_nyu_scenes(
+    root, scenes=(("kitchen_0001", (1, 2)), ("office_0002", (7,)))
+) -> str:
     """NYU-v2's raw scenes; depth is one and a half times the frame's number, in metres."""
     for scene, numbers in scenes:
         for number in numbers:
             seed = 1000 + 10 * len(scene) + number
-            write_image(os.path.join(root, scene, f"rgb_{number:05d}.jpg"), 60, 80, seed)
+            write_image(
+                os.path.join(root, scene, f"rgb_{number:05d}.jpg"), 60, 80, seed
+            )
             path = os.path.join(root, scene, f"sync_depth_{number:05d}.png")
             write_depth(path, 1.5 * number, 60, 80)
     return str(root)
 
 
 # ---------------------------------------------------------------- reading them
+
 
 def options(data: str, path, *more, **extra):
     """The options of a training on this folder; `extra` are those that the data's own parser lacks."""
@@ -288,21 +337,34 @@ def options(data: str, path, *more, **extra):
     return args
 
 
-def clips(data: str, path, frame_ids: str = "0", *more, with_depth: bool = False, fov=None):
+def clips(
+    data: str, path, frame_ids: str = "0", *more, with_depth: bool = False, fov=None
+):
     """The clips that a training with these --frame_ids reads."""
-    return datasets.find_clips(options(data, path, *more), frame_ids.split(), with_depth, fov)
+    return datasets.find_clips(
+        options(data, path, *more), frame_ids.split(), with_depth, fov
+    )
 
 
 def labelled(data: str, path, split: str, train: bool = False, **extra):
     """The labelled images of a split, at 96x64 pixels unless told otherwise."""
-    defaults = {"train_size": None, "split_seed": 0, "leave_out": None, "height": 64, "width": 96}
+    defaults = {
+        "train_size": None,
+        "split_seed": 0,
+        "leave_out": None,
+        "height": 64,
+        "width": 96,
+    }
     args = options(data, path, **{**defaults, **extra})
     return datasets.find_labelled(args, split, train)
 
 
 def names(dataset) -> list[list[str]]:
     """The names of the files of every sample, the target's first."""
-    return [[os.path.basename(path) for path in sample["images"]] for sample in dataset.samples]
+    return [
+        [os.path.basename(path) for path in sample["images"]]
+        for sample in dataset.samples
+    ]
 
 
 def target_names(dataset) -> list[str]:

@@ -10,33 +10,36 @@ import re
 import shutil
 from pathlib import Path
 
+import make_data
 import numpy as np
 import pytest
 import torch
 from conftest import truncate
+from make_data import assert_refused, clips, intrinsics, names, numbered, read_first, target_names
 from PIL import Image, ImageOps
 
 import datasets
 import losses
-import make_data
-from make_data import assert_refused, clips, intrinsics, names, numbered, read_first, target_names
 from utils import InputError
 
-
 # ------------------------------------------------------------------------------------ own frames: names and order
+
 
 def same_sequence(sample_names: list[str], key: str) -> bool:
     """Whether the part of the names that `key` matches is the same for all."""
     return len({re.search(key, name)[0] for name in sample_names}) == 1
 
 
-@pytest.mark.parametrize("patterns, key", (
-    (("seqA_{:04d}.jpg", "seqB_{:04d}.jpg"), "seq."),
-    (("left_{:04d}.jpg", "right_{:04d}.jpg"), "left|right"),
-    (("cam0_{:06d}.jpg", "cam1_{:06d}.jpg"), "cam."),
-    (("take-1-{}.jpg", "take-2-{}.jpg"), "take-."),
-    (("{:04d}_left.jpg", "{:04d}_right.jpg"), "left|right"),
-))
+@pytest.mark.parametrize(
+    "patterns, key",
+    (
+        (("seqA_{:04d}.jpg", "seqB_{:04d}.jpg"), "seq."),
+        (("left_{:04d}.jpg", "right_{:04d}.jpg"), "left|right"),
+        (("cam0_{:06d}.jpg", "cam1_{:06d}.jpg"), "cam."),
+        (("take-1-{}.jpg", "take-2-{}.jpg"), "take-."),
+        (("{:04d}_left.jpg", "{:04d}_right.jpg"), "left|right"),
+    ),
+)
 def test_two_sequences_in_one_folder(tmp_path, patterns, key):
     """Every image is a target of its own, and its neighbours belong to the same sequence."""
     files = [name for pattern in patterns for name in numbered(pattern, range(12))]
@@ -46,9 +49,13 @@ def test_two_sequences_in_one_folder(tmp_path, patterns, key):
     with_neighbours = clips("frames", root, "0 -1 1")
     assert len(with_neighbours) == len(set(with_neighbours.targets())) == 20
     assert all(same_sequence(sample, key) for sample in names(with_neighbours))
-    numbers = [[int(re.findall(r"\d+", re.sub(key, "", name))[-1]) for name in sample]
-               for sample in names(with_neighbours)]
-    assert all(after == [number, number - 1, number + 1] for after in numbers for number in after[:1])
+    numbers = [
+        [int(re.findall(r"\d+", re.sub(key, "", name))[-1]) for name in sample]
+        for sample in names(with_neighbours)
+    ]
+    assert all(
+        after == [number, number - 1, number + 1] for after in numbers for number in after[:1]
+    )
 
 
 def test_depth_of_two_sequences_in_one_folder(tmp_path):
@@ -90,7 +97,10 @@ def microseconds(count: int) -> list[str]:
     """TUM's names: seconds, a point and microseconds, at 30 Hz with some jitter."""
     draws = np.random.default_rng(1).integers(-900, 901, count)
     steps = [33_333 * i + int(draws[i]) for i in range(count)]
-    return [f"{1305031102 + (175_304 + s) // 1_000_000}.{(175_304 + s) % 1_000_000:06d}.png" for s in steps]
+    return [
+        f"{1305031102 + (175_304 + s) // 1_000_000}.{(175_304 + s) % 1_000_000:06d}.png"
+        for s in steps
+    ]
 
 
 def dates(count: int) -> list[str]:
@@ -98,12 +108,17 @@ def dates(count: int) -> list[str]:
     found = []
     for i in range(count):
         tenths = 589 + i
-        found.append(f"2024-05-01_12-{10 + tenths // 600:02d}-{tenths % 600 // 10:02d}.{tenths % 10}00.jpg")
+        found.append(
+            f"2024-05-01_12-{10 + tenths // 600:02d}-{tenths % 600 // 10:02d}.{tenths % 10}00.jpg"
+        )
     return found
 
 
-@pytest.mark.parametrize("files", (nanoseconds(24, 500), microseconds(24), dates(24)),
-                         ids=("nanoseconds", "microseconds", "dates"))
+@pytest.mark.parametrize(
+    "files",
+    (nanoseconds(24, 500), microseconds(24), dates(24)),
+    ids=("nanoseconds", "microseconds", "dates"),
+)
 def test_frames_named_by_time(tmp_path, files):
     """Neighbours follow from the order where steps are within a tolerance: 22 of 24 have both."""
     root = make_data.write_frames(tmp_path / "data", files)
@@ -119,13 +134,16 @@ def test_a_gap_in_time_separates_frames(tmp_path):
     assert target_names(dataset) == files[1:9] + files[15:23]
 
 
-@pytest.mark.parametrize("numbers, frame_ids, targets", (
-    ((1, 2, 3, 5, 6), "0 -1 1", [2]),
-    ((1, 2, 3, 5, 6), "0 -1", [2, 3, 6]),
-    ((8, 9, 10, 11, 100, 101), "0 1", [8, 9, 10, 100]),
-    ((2, 4, 6, 10, 12), "0 -1", [4, 6, 12]),  # every second frame was kept
-    ((1, 2, 3, 4, 5, 6), "0 -2 2", [3, 4]),
-))
+@pytest.mark.parametrize(
+    "numbers, frame_ids, targets",
+    (
+        ((1, 2, 3, 5, 6), "0 -1 1", [2]),
+        ((1, 2, 3, 5, 6), "0 -1", [2, 3, 6]),
+        ((8, 9, 10, 11, 100, 101), "0 1", [8, 9, 10, 100]),
+        ((2, 4, 6, 10, 12), "0 -1", [4, 6, 12]),  # every second frame was kept
+        ((1, 2, 3, 4, 5, 6), "0 -2 2", [3, 4]),
+    ),
+)
 def test_gaps_between_frames(tmp_path, numbers, frame_ids, targets):
     root = make_data.write_frames(tmp_path / "video", numbered("frame{}.jpg", numbers))
     dataset = clips("frames", root, frame_ids)
@@ -149,7 +167,9 @@ def test_a_root_that_is_called_depth(tmp_path):
 def test_folders_within_a_root(tmp_path):
     """Each folder is a sequence; --drives and --frames choose among them; an odd link does no harm."""
     for folder in ("Szene 1", "ä 图"):
-        make_data.write_frames(tmp_path / folder, numbered("Bild {} ü.jpg", range(5)), intrinsics=None)
+        make_data.write_frames(
+            tmp_path / folder, numbered("Bild {} ü.jpg", range(5)), intrinsics=None
+        )
     make_data.write_text(tmp_path / "intrinsics.txt", "60 60 47.5 31.5")
     os.symlink("loop", tmp_path / "loop")
     os.symlink(".", tmp_path / "same")
@@ -158,7 +178,9 @@ def test_folders_within_a_root(tmp_path):
     chosen = clips("frames", tmp_path, "0", "--frames", "1:3")
     assert set(target_names(chosen)) == {"Bild 1 ü.jpg", "Bild 2 ü.jpg"}
     assert len(chosen) == 4
-    assert_refused("--drives nowhere|nowhere", clips, "frames", tmp_path, "0", "--drives", "nowhere")
+    assert_refused(
+        "--drives nowhere|nowhere", clips, "frames", tmp_path, "0", "--drives", "nowhere"
+    )
 
 
 def test_a_list_of_targets(tmp_path):
@@ -166,37 +188,67 @@ def test_a_list_of_targets(tmp_path):
     root = make_data.write_frames(tmp_path / "video", numbered("{:04d}.jpg", range(10)))
     listed = make_data.write_text(tmp_path / "list.txt", "0003.jpg\n0007.jpg\n")
     dataset = clips("frames", root, "0 -1 1", "--split", listed)
-    assert names(dataset) == [["0003.jpg", "0002.jpg", "0004.jpg"], ["0007.jpg", "0006.jpg", "0008.jpg"]]
+    assert names(dataset) == [
+        ["0003.jpg", "0002.jpg", "0004.jpg"],
+        ["0007.jpg", "0006.jpg", "0008.jpg"],
+    ]
     wrong = make_data.write_text(tmp_path / "wrong.txt", "0003.jpg\n0077.jpg\n")
     assert_refused("0077", clips, "frames", root, "0 -1 1", "--split", wrong)
 
 
-@pytest.mark.parametrize("name, words", (
-    ("clip.mp4", "ffmpeg"), ("holiday.MOV", "ffmpeg"), ("photo.webp", "webp"), ("photo.heic", "heic"),
-))
+@pytest.mark.parametrize(
+    "name, words",
+    (
+        ("clip.mp4", "ffmpeg"),
+        ("holiday.MOV", "ffmpeg"),
+        ("photo.webp", "webp"),
+        ("photo.heic", "heic"),
+    ),
+)
 def test_files_that_are_not_read_come_with_the_line_that_converts_them(tmp_path, name, words):
     make_data.write_text(tmp_path / "video" / name, "not an image")
-    assert_refused(f"{name}.*{words}|{words}.*{name}", clips, "frames", tmp_path / "video", "0", "--fov", "60")
+    assert_refused(
+        f"{name}.*{words}|{words}.*{name}", clips, "frames", tmp_path / "video", "0", "--fov", "60"
+    )
 
 
 # ------------------------------------------------------------------------------------ own frames: intrinsics
 
-@pytest.mark.parametrize("text", (
-    "60 62 47.5 31.5",
-    "60 0 47.5\n0 62 31.5\n0 0 1\n",
-    "\ufeff60 0 47.5\n0 62 31.5\n0 0 1\n",
-    "60, 0, 47.5\n0, 62, 31.5\n0, 0, 1\n",
-    "60,0,47.5,0,62,31.5,0,0,1",
-), ids=("four", "nine", "byte-order mark", "commas", "one line"))
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "60 62 47.5 31.5",
+        "60 0 47.5\n0 62 31.5\n0 0 1\n",
+        "\ufeff60 0 47.5\n0 62 31.5\n0 0 1\n",
+        "60, 0, 47.5\n0, 62, 31.5\n0, 0, 1\n",
+        "60,0,47.5,0,62,31.5,0,0,1",
+    ),
+    ids=("four", "nine", "byte-order mark", "commas", "one line"),
+)
 def test_intrinsics_as_people_write_them(tmp_path, text):
     root = make_data.write_frames(tmp_path / "video", ["1.jpg"], intrinsics=text)
     assert intrinsics(clips("frames", root).read(0)["K"]) == pytest.approx([60, 62, 47.5, 31.5])
 
 
-@pytest.mark.parametrize("text", (
-    "nan 60 47 31", "60 inf 47 31", "0 0 47 31", "-60 60 47 31", "0.6 0.9 0.5 0.5", "60 60 97 31",
-    "60 60 47 -1", "60 60 0 31", "60 60 47", "fx fy cx cy", "", "60 0 47 5 60 31 0 0 1", "60 0 47 0 60 31 0 0 2",
-))
+@pytest.mark.parametrize(
+    "text",
+    (
+        "nan 60 47 31",
+        "60 inf 47 31",
+        "0 0 47 31",
+        "-60 60 47 31",
+        "0.6 0.9 0.5 0.5",
+        "60 60 97 31",
+        "60 60 47 -1",
+        "60 60 0 31",
+        "60 60 47",
+        "fx fy cx cy",
+        "",
+        "60 0 47 5 60 31 0 0 1",
+        "60 0 47 0 60 31 0 0 2",
+    ),
+)
 def test_impossible_intrinsics(tmp_path, text):
     root = make_data.write_frames(tmp_path / "video", ["1.jpg"], intrinsics=text)
     assert_refused("intrinsics.txt", read_first, "frames", root)
@@ -211,9 +263,14 @@ def test_one_field_of_view_for_images_of_two_sizes(tmp_path):
     """The camera of --fov 80 spans 80 degrees of either image: fx 190.7 at a width of 320."""
     root = tmp_path / "data"
     make_data.write_frames(root, numbered("{:04d}.jpg", range(4)), None, height=120, width=400)
-    make_data.write_frames(root, numbered("{:04d}.jpg", range(100, 104)), None, height=240, width=800)
+    make_data.write_frames(
+        root, numbered("{:04d}.jpg", range(100, 104)), None, height=240, width=800
+    )
     dataset = clips("frames", root, "0 -1 1", "--fov", "80", "--width", "320", "--height", "96")
-    found = {tuple(round(value, 3) for value in intrinsics(dataset.read(i)["K"])) for i in range(len(dataset))}
+    found = {
+        tuple(round(value, 3) for value in intrinsics(dataset.read(i)["K"]))
+        for i in range(len(dataset))
+    }
     focal = 160 / np.tan(np.radians(40))
     assert len(dataset) == 4
     assert found == {(round(focal, 3), round(focal, 3), 159.5, 47.5)}
@@ -229,7 +286,10 @@ def test_intrinsics_of_another_resolution_are_scaled_or_refused(tmp_path):
 
 def test_cameras_of_turned_images(tmp_path):
     """EXIF orientation 6: stored 320x240, shown 240x320; learned intrinsics start from what is shown."""
-    for folder, size, extra in (("turned", (240, 320), {"exif": make_data.turned(6)}), ("upright", (320, 240), {})):
+    for folder, size, extra in (
+        ("turned", (240, 320), {"exif": make_data.turned(6)}),
+        ("upright", (320, 240), {}),
+    ):
         for number in range(4):
             path = tmp_path / folder / f"{number:04d}.jpg"
             make_data.write_image(path, *size, seed=number, **extra)
@@ -242,7 +302,9 @@ def test_cameras_of_turned_images(tmp_path):
         found[folder] = intrinsics(start[0])
     focal = 120 / np.tan(np.radians(30))
     assert found["turned"] == pytest.approx(found["upright"])
-    assert found["turned"] == pytest.approx([focal * 96 / 240, focal * 64 / 320, 47.5, 31.5], rel=1e-4)
+    assert found["turned"] == pytest.approx(
+        [focal * 96 / 240, focal * 64 / 320, 47.5, 31.5], rel=1e-4
+    )
 
 
 def test_learned_intrinsics_start_from_what_is_known(tmp_path):
@@ -255,7 +317,9 @@ def test_learned_intrinsics_start_from_what_is_known(tmp_path):
     assert [os.path.basename(folder) for folder in folders] == ["one", "two"]
     assert [float(K[0, 0]) for K in given] == [60, 75]
     assert torch.equal(given, start)
-    assert [float(K[0, 0]) for K in datasets.find_cameras(dataset, 90.0).start] == pytest.approx([48, 48])
+    assert [float(K[0, 0]) for K in datasets.find_cameras(dataset, 90.0).start] == pytest.approx(
+        [48, 48]
+    )
 
 
 def test_intrinsics_of_every_frame(tmp_path):
@@ -269,6 +333,7 @@ def test_intrinsics_of_every_frame(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ own frames: depth and stereo
+
 
 def test_measured_depth_of_own_frames(tmp_path):
     root = make_data.write_frames(tmp_path / "video", numbered("frame{}.png", (1, 2, 3)), None)
@@ -310,8 +375,13 @@ def test_far_depth_is_read_as_it_is_and_does_not_train(tmp_path):
     make_data.write_image(tmp_path / "1.jpg")
     depth = np.full((64, 96), 5000, np.uint16)
     depth[:20] = 65535
-    make_data.write_array(tmp_path / "depth" / "1.png", depth, )
-    sample = read_first("frames", tmp_path, "0", "--fov", "60", "--depth_scale", "100", with_depth=True)
+    make_data.write_array(
+        tmp_path / "depth" / "1.png",
+        depth,
+    )
+    sample = read_first(
+        "frames", tmp_path, "0", "--fov", "60", "--depth_scale", "100", with_depth=True
+    )
     assert sample["depth"].max() == pytest.approx(655.35)
     at_50_metres = (1 / 50 - 1 / 100) / (1 / 0.1 - 1 / 100)
     disparities = [torch.full((1, 1, 64 >> s, 96 >> s), at_50_metres) for s in range(4)]
@@ -322,14 +392,20 @@ def test_far_depth_is_read_as_it_is_and_does_not_train(tmp_path):
 def test_depth_without_any_measurement_is_refused(tmp_path):
     make_data.write_image(tmp_path / "1.jpg")
     make_data.write_depth(tmp_path / "depth" / "1.png", 0)
-    assert_refused("1.png", lambda: read_first("frames", tmp_path, "0", "--fov", "60", with_depth=True))
+    assert_refused(
+        "1.png", lambda: read_first("frames", tmp_path, "0", "--fov", "60", with_depth=True)
+    )
 
 
-@pytest.mark.parametrize("array", (np.full((64, 96), 200, np.uint8), np.zeros((64, 96, 3), np.uint8)))
+@pytest.mark.parametrize(
+    "array", (np.full((64, 96), 200, np.uint8), np.zeros((64, 96, 3), np.uint8))
+)
 def test_depth_of_8_bits_is_refused(tmp_path, array):
     make_data.write_image(tmp_path / "1.jpg")
     make_data.write_array(tmp_path / "depth" / "1.png", array)
-    assert_refused("1.png", lambda: read_first("frames", tmp_path, "0", "--fov", "60", with_depth=True))
+    assert_refused(
+        "1.png", lambda: read_first("frames", tmp_path, "0", "--fov", "60", with_depth=True)
+    )
 
 
 def test_tum_associations(tmp_path):
@@ -393,6 +469,7 @@ def test_a_missing_right_image_is_left_out_and_counted(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ KITTI
+
 
 def test_kitti_raw(tmp_path):
     """Both cameras are targets; K is P_rect's, the baseline has the sign of the camera, LiDAR is camera z."""
@@ -482,7 +559,9 @@ def test_improved_ground_truth_as_downloaded(tmp_path):
     for number in range(4):
         for side in (2, 3):
             name = f"image_0{side}/{number:010d}.png"
-            make_data.write_depth(f"{root}/train/{drive}/proj_depth/groundtruth/{name}", 12, scale=256)
+            make_data.write_depth(
+                f"{root}/train/{drive}/proj_depth/groundtruth/{name}", 12, scale=256
+            )
     dataset = clips("kitti", root, "0", with_depth=True)
     assert len(dataset) == 8
     assert dataset.read(0)["depth"].unique().tolist() == [12]
@@ -513,22 +592,73 @@ DAY = "2011_09_26"
 CALIBRATION = f"{DAY}/calib_cam_to_cam.txt"
 
 
-@pytest.mark.parametrize("damage, more, words", (
-    (lambda root: None, ("--drives", "0005"), "--drives 0005|0005"),
-    (lambda root: remove(root / make_data.DRIVE), (), "no KITTI|KITTI"),
-    (lambda root: remove(root / CALIBRATION), (), "calib_cam_to_cam.txt"),
-    (lambda root: rewrite(root / CALIBRATION, "P_rect_03", "P_rect_04"), (), "calib_cam_to_cam.txt.*P_rect_03"),
-    (lambda root: rewrite(root / CALIBRATION, "P_rect_02: ", "P_rect_02: nan "), (), "calib_cam_to_cam.txt"),
-    (lambda root: rewrite(root / CALIBRATION, "P_rect_02: 5.6", "P_rect_02: inf"), (), "calib_cam_to_cam.txt"),
-    (lambda root: remove(root / f"{DAY}/calib_velo_to_cam.txt"), "depth", "calib_velo_to_cam.txt"),
-    (lambda root: rewrite(root / f"{DAY}/calib_velo_to_cam.txt", "0 -1 0", "0 -7 0"), "depth", "velo_to_cam.txt"),
-    (lambda root: remove(root / make_data.DRIVE / "velodyne_points"), "depth", "8 without"),
-    (lambda root: truncate(root / make_data.DRIVE / "velodyne_points/data/0000000000.bin", 0.7), "depth", ".bin"),
-    (lambda root: truncate(root / make_data.DRIVE / "image_02/data/0000000000.png", 0.7), (), "0000000000.png"),
-    (lambda root: make_data.write_image(root / make_data.DRIVE / "image_03/data/0000000000.png", 32, 48), (),
-     "size|32"),
-), ids=("drives", "no drive", "no calibration", "no projection", "nan", "inf", "no velodyne calibration", "no rotation",
-        "no velodyne", "cut points", "cut image", "sizes"))
+@pytest.mark.parametrize(
+    "damage, more, words",
+    (
+        (lambda root: None, ("--drives", "0005"), "--drives 0005|0005"),
+        (lambda root: remove(root / make_data.DRIVE), (), "no KITTI|KITTI"),
+        (lambda root: remove(root / CALIBRATION), (), "calib_cam_to_cam.txt"),
+        (
+            lambda root: rewrite(root / CALIBRATION, "P_rect_03", "P_rect_04"),
+            (),
+            "calib_cam_to_cam.txt.*P_rect_03",
+        ),
+        (
+            lambda root: rewrite(root / CALIBRATION, "P_rect_02: ", "P_rect_02: nan "),
+            (),
+            "calib_cam_to_cam.txt",
+        ),
+        (
+            lambda root: rewrite(root / CALIBRATION, "P_rect_02: 5.6", "P_rect_02: inf"),
+            (),
+            "calib_cam_to_cam.txt",
+        ),
+        (
+            lambda root: remove(root / f"{DAY}/calib_velo_to_cam.txt"),
+            "depth",
+            "calib_velo_to_cam.txt",
+        ),
+        (
+            lambda root: rewrite(root / f"{DAY}/calib_velo_to_cam.txt", "0 -1 0", "0 -7 0"),
+            "depth",
+            "velo_to_cam.txt",
+        ),
+        (lambda root: remove(root / make_data.DRIVE / "velodyne_points"), "depth", "8 without"),
+        (
+            lambda root: truncate(
+                root / make_data.DRIVE / "velodyne_points/data/0000000000.bin", 0.7
+            ),
+            "depth",
+            ".bin",
+        ),
+        (
+            lambda root: truncate(root / make_data.DRIVE / "image_02/data/0000000000.png", 0.7),
+            (),
+            "0000000000.png",
+        ),
+        (
+            lambda root: make_data.write_image(
+                root / make_data.DRIVE / "image_03/data/0000000000.png", 32, 48
+            ),
+            (),
+            "size|32",
+        ),
+    ),
+    ids=(
+        "drives",
+        "no drive",
+        "no calibration",
+        "no projection",
+        "nan",
+        "inf",
+        "no velodyne calibration",
+        "no rotation",
+        "no velodyne",
+        "cut points",
+        "cut image",
+        "sizes",
+    ),
+)
 def test_incomplete_kitti(tmp_path, damage, more, words):
     root = make_data.write_kitti(tmp_path / "kitti")
     with_depth = more == "depth"
@@ -539,6 +669,7 @@ def test_incomplete_kitti(tmp_path, damage, more, words):
 
 
 # ------------------------------------------------------------------------------------ Cityscapes, CamVid, NYU
+
 
 def test_cityscapes_clips_and_depth(tmp_path):
     """Depth is baseline * fx / disparity; stored 0 is unmeasured and 1 infinitely far."""
@@ -568,11 +699,17 @@ def test_cityscapes_takes_the_extra_training_images(tmp_path):
     assert len(clips("cityscapes", root, "0", with_depth=True)) == 6
 
 
-@pytest.mark.parametrize("text", (
-    None, "{", "[]", '{"intrinsic": {}}',
-    json.dumps({**make_data.CITYSCAPES_CAMERA, "extrinsic": {"baseline": 0}}),
-    json.dumps({**make_data.CITYSCAPES_CAMERA, "extrinsic": {"baseline": "far"}}),
-))
+@pytest.mark.parametrize(
+    "text",
+    (
+        None,
+        "{",
+        "[]",
+        '{"intrinsic": {}}',
+        json.dumps({**make_data.CITYSCAPES_CAMERA, "extrinsic": {"baseline": 0}}),
+        json.dumps({**make_data.CITYSCAPES_CAMERA, "extrinsic": {"baseline": "far"}}),
+    ),
+)
 def test_damaged_cityscapes_cameras(tmp_path, text):
     root = make_data.write_cityscapes(tmp_path, cities=("ulm",))
     for path in Path(root, "camera", "train", "ulm").iterdir():
@@ -593,10 +730,12 @@ def test_camvid_clips(tmp_path):
 def test_nyu_raw_scenes(tmp_path):
     root = make_data.write_nyu_scenes(tmp_path)
     dataset = clips("nyu", root, "0", with_depth=True)
-    found = {name: float(dataset.read(i)["depth"].max()) for i, name in enumerate(target_names(dataset))}
+    found = {
+        name: float(dataset.read(i)["depth"].max()) for i, name in enumerate(target_names(dataset))
+    }
     assert found == pytest.approx({"rgb_00001.jpg": 1.5, "rgb_00002.jpg": 3, "rgb_00007.jpg": 10.5})
     K = intrinsics(clips("nyu", root, "0", "--height", "480", "--width", "640").read(0)["K"])
-    assert K == pytest.approx([518.858, 519.470, 325.582, 253.736], rel=1e-4)
+    assert pytest.approx([518.858, 519.470, 325.582, 253.736], rel=1e-4) == K
     assert len(clips("nyu", root, "0 1")) == 1
 
 
@@ -620,6 +759,7 @@ def test_unknown_data_and_missing_folders(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ files of every kind
+
 
 def test_images_of_every_kind_become_rgb(tmp_path):
     """As Pillow converts them; 16-bit by its upper byte, EXIF orientation applied."""
@@ -683,7 +823,9 @@ def test_images_that_are_refused(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------ real data
 
-REAL = Path(os.environ.get("DEPTH2SEG_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+REAL = Path(
+    os.environ.get("DEPTH2SEG_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
+)
 
 
 def real(*parts: str) -> str:
@@ -702,7 +844,9 @@ def test_real_kitti_calibration():
         left = "image_02" in sample["images"][0]
         expected = -0.5327 if left else 0.5327
         assert float(dataset.read(index)["stereo_T"][0, 3]) == pytest.approx(expected, abs=1e-3)
-    assert intrinsics(dataset.read(0)["K"]) == pytest.approx([185.90, 184.71, 156.68, 43.88], abs=0.01)
+    assert intrinsics(dataset.read(0)["K"]) == pytest.approx(
+        [185.90, 184.71, 156.68, 43.88], abs=0.01
+    )
 
 
 @pytest.mark.parametrize("camera", ("image_02", "image_03"))

@@ -9,18 +9,17 @@ import re
 import shutil
 from pathlib import Path
 
+import make_data
 import numpy as np
 import pytest
 import torch
 from conftest import call, truncate
+from make_data import assert_refused, labelled, options
 from PIL import Image
 
 import datasets
-import make_data
-from make_data import assert_refused, labelled, options
 from tools import check_data
 from utils import InputError
-
 
 # ------------------------------------------------------------------------------------ ids
 
@@ -135,6 +134,7 @@ def test_images_that_are_left_out(tmp_path):
 
 # ------------------------------------------------------------------------------------ layouts
 
+
 def test_cityscapes_labels(tmp_path):
     root = make_data.write_cityscapes(tmp_path)
     train = labelled("cityscapes", root, "train", train=True)
@@ -228,6 +228,7 @@ def test_a_split_that_is_not_there(tmp_path):
 
 # ------------------------------------------------------------------------------------ what is refused
 
+
 def test_labels_that_are_refused(tmp_path):
     root = make_data.write_semantics(tmp_path, count=2)
     data = labelled("kitti", root, "val")
@@ -255,7 +256,11 @@ def test_a_label_of_an_image_that_exif_turns_is_refused(tmp_path):
     root = make_data.write_semantics(tmp_path, count=2)
     data = labelled("kitti", root, "val")
     make_data.write_image(data.pairs[0][0], exif=make_data.turned(6))
-    assert_refused("96x64.*64x96|64x96.*96x64|\\(96, 64\\)|\\(64, 96\\)", labelled("kitti", root, "val").native, 0)
+    assert_refused(
+        "96x64.*64x96|64x96.*96x64|\\(96, 64\\)|\\(64, 96\\)",
+        labelled("kitti", root, "val").native,
+        0,
+    )
 
 
 def write_train_ids(root) -> str:
@@ -292,7 +297,9 @@ def test_everything_is_read_before_a_run(tmp_path):
     data = labelled("kitti", root, "train", train=True)
     assert set(data.read_all()) == {0, 13, datasets.IGNORE}
     truncate(data.pairs[-1][0], 0.5)
-    assert_refused(Path(data.pairs[-1][0]).name, labelled("kitti", root, "train", train=True).read_all)
+    assert_refused(
+        Path(data.pairs[-1][0]).name, labelled("kitti", root, "train", train=True).read_all
+    )
 
 
 # ------------------------------------------------------------------------------------ tools/check_data.py: clips
@@ -314,7 +321,7 @@ def write_moving_video(root, count: int = 12, step: int = 4) -> str:
     """A camera that pans over a picture, so that neighbours look alike and others less."""
     wide = make_data.picture(64, 96 + step * count, seed=5)
     for number in range(count):
-        view = wide[:, step * number:step * number + 96]
+        view = wide[:, step * number : step * number + 96]
         make_data.write_array(f"{root}/{number:04d}.png", np.ascontiguousarray(view))
     make_data.write_text(f"{root}/intrinsics.txt", "60 60 47.5 31.5")
     return str(root)
@@ -327,8 +334,17 @@ def test_check_tells_what_is_there(tmp_path, monkeypatch):
         make_data.write_depth(f"{root}/depth/{number:04d}.png", 2 + number)
     sheet = tmp_path / "contact.png"
     result = check("frames", root, "--depth", "--output", sheet)
-    assert_says(result, "10 samples", "10 distinct targets", "0001.png .* 0010.png", r"96x64 \(10\)", "fx 60.0",
-                "intrinsics.txt", "near-static", "measured")
+    assert_says(
+        result,
+        "10 samples",
+        "10 distinct targets",
+        "0001.png .* 0010.png",
+        r"96x64 \(10\)",
+        "fx 60.0",
+        "intrinsics.txt",
+        "near-static",
+        "measured",
+    )
     assert "warning" in result.out + result.err  # 2 of 12 were left out
     assert Image.open(sheet).width > 4 * 96
 
@@ -370,7 +386,9 @@ def test_check_counts_pictures_that_are_the_same(tmp_path):
     for number in (6, 7, 8):
         shutil.copy(f"{root}/0005.png", f"{root}/{number:04d}.png")
     result = check("frames", root, "--frame_ids", "0", "1")
-    assert_says(result, "11 samples", "11 distinct targets", "8 distinct pictures", r"near-static.* 27")
+    assert_says(
+        result, "11 samples", "11 distinct targets", "8 distinct pictures", r"near-static.* 27"
+    )
 
 
 def test_check_finds_training_images_that_evaluation_shows(tmp_path):
@@ -406,7 +424,7 @@ def write_stereo(root, disparity: int = 5) -> str:
     for number in range(4):
         for side in (2, 3):
             start = 6 * number + disparity * (side == 3)
-            view = np.ascontiguousarray(wide[:, start:start + 96])
+            view = np.ascontiguousarray(wide[:, start : start + 96])
             path = root / make_data.DRIVE / f"image_0{side}" / "data" / f"{number:010d}.png"
             make_data.write_array(path, view)
     return str(root)
@@ -439,16 +457,28 @@ def test_check_of_stereo(tmp_path):
 
 # ------------------------------------------------------------------------------------ tools/check_data.py: labels
 
+
 def test_check_of_labels(tmp_path):
     root = make_data.write_cityscapes(tmp_path / "data")
     sheet = tmp_path / "sheet.png"
     result = check("cityscapes", root, "--labels", "--output", sheet)
-    raw = np.stack([np.array(Image.open(path)) for path in Path(root, "gtFine", "train").rglob("*.png")])
-    assert_says(result, "train: 4 images", "val: 2 images", r"128x64 \(4\)",
-                f"car {100 * (raw == 26).mean():.2f} %", f"unlabelled {100 * (raw == 0).mean():.2f} %")
+    raw = np.stack(
+        [np.array(Image.open(path)) for path in Path(root, "gtFine", "train").rglob("*.png")]
+    )
+    assert_says(
+        result,
+        "train: 4 images",
+        "val: 2 images",
+        r"128x64 \(4\)",
+        f"car {100 * (raw == 26).mean():.2f} %",
+        f"unlabelled {100 * (raw == 0).mean():.2f} %",
+    )
     assert Image.open(sheet).width > 300
 
-    broken = [truncate(path, 0.6) for path in sorted(Path(root, "leftImg8bit", "train").rglob("*.png"))[:2]]
+    broken = [
+        truncate(path, 0.6)
+        for path in sorted(Path(root, "leftImg8bit", "train").rglob("*.png"))[:2]
+    ]
     last = sorted(Path(root, "gtFine", "train").rglob("*.png"))[3]
     broken.append(make_data.write_array(last, np.full((64, 128), 99, np.uint8)))
     result = check("cityscapes", root, "--labels", expect=2)
@@ -460,7 +490,9 @@ def test_check_finds_images_of_training_in_evaluation(tmp_path):
     root = make_data.write_camvid(tmp_path)
     shutil.copy(f"{root}/train/0001TP_006690.png", f"{root}/val/0016E5_07959.png")
     result = check("camvid", root, "--labels")
-    assert re.search("0016E5_07959.*0001TP_006690|0001TP_006690.*0016E5_07959", result.out + result.err)
+    assert re.search(
+        "0016E5_07959.*0001TP_006690|0001TP_006690.*0016E5_07959", result.out + result.err
+    )
 
 
 def test_check_warns_of_suspicious_labels(tmp_path):

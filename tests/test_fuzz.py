@@ -12,19 +12,22 @@ import shutil
 import warnings
 from pathlib import Path
 
+import make_data
 import numpy as np
 import pytest
 import torch
+from make_data import DRIVE, clips, labelled
 from PIL import Image, ImageOps
 
 import datasets
-import make_data
 import utils
 import weights
-from make_data import DRIVE, clips, labelled
 
 MUTATIONS = int(os.environ.get("FUZZ", "150"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
+ONLY = [
+    int(number) for number in os.environ.get("FUZZ_ONLY", "").split()
+]  # to repeat some
 SIDES = {2: "image_02", 3: "image_03"}
 
 
@@ -39,12 +42,13 @@ class Case:
         self.targets = {}  # path of the target -> paths of its frames, target first
         self.K = {}  # path of the target -> fx, fy, cx, cy
         self.depth = {}  # path of the target -> metres
+        self.baseline = {}  # path of the target -> metres to the other camera along x
         self.may_refuse = False  # whether a refusal is right as well
         self.must_refuse = False
         self.what = ""
 
     def check(self) -> str:
-        """"read" or "refused"; raises AssertionError where the outcome is wrong."""
+        """ "read" or "refused"; raises AssertionError where the outcome is wrong."""
         try:
             self.compare()
         except utils.InputError as error:
@@ -56,7 +60,13 @@ class Case:
         return "read"
 
     def compare(self) -> None:
-        dataset = clips(self.data, self.root, self.frame_ids, *self.options, with_depth=bool(self.depth))
+        dataset = clips(
+            self.data,
+            self.root,
+            self.frame_ids,
+            *self.options,
+            with_depth=bool(self.depth),
+        )
         found = {sample["images"][0]: sample["images"] for sample in dataset.samples}
         samples = [dataset.read(index) for index in range(len(dataset))]
         assert not self.must_refuse, "read what should be refused"
@@ -64,12 +74,18 @@ class Case:
         assert found == self.targets, differing(found, self.targets)
         for path, sample in zip(dataset.targets(), samples):
             K = [float(sample["K"][place]) for place in ((0, 0), (1, 1), (0, 2), (1, 2))]
-            assert K == pytest.approx(self.K[path], rel=1e-3, abs=0.02), path
+            assert pytest.approx(self.K[path], rel=1e-3, abs=0.02) == K, path
             for frame, source in zip(sample["frames"], self.targets[path]):
                 assert shows(frame, source), source
+            if self.baseline:
+                assert float(sample["stereo_T"][0, 3]) == pytest.approx(
+                    self.baseline[path]
+                ), path
             if self.depth:
                 measured = sample["depth"][sample["depth"] > 0]
-                assert measured.unique().tolist() == pytest.approx([self.depth[path]]), path
+                assert measured.unique().tolist() == pytest.approx([self.depth[path]]), (
+                    path
+                )
 
 
 def differing(found: dict, expected: dict) -> str:
@@ -85,13 +101,18 @@ def shows(frame: torch.Tensor, path: str) -> bool:
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):
-            upright = Image.fromarray((np.asarray(upright).astype(int) >> 8).astype(np.uint8))
-        upright = upright.convert("RGB").resize((frame.shape[2], frame.shape[1]), Image.Resampling.BILINEAR)
+            upright = Image.fromarray(
+                (np.asarray(upright).astype(int) >> 8).astype(np.uint8)
+            )
+        upright = upright.convert("RGB").resize(
+            (frame.shape[2], frame.shape[1]), Image.Resampling.BILINEAR
+        )
     expected = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
     return float((frame.float() - expected.float()).abs().mean()) < 6
 
 
 # ------------------------------------------------------------------------------------ own frames
+
 
 def draw_numbers(draw: np.random.Generator) -> list[int]:
     """Frame numbers at a usual step, with a frame or two missing."""
@@ -116,6 +137,10 @@ def number_names(draw: np.random.Generator) -> list[list[tuple[float, str]]]:
         (("", "_left"), ("", "_right")),
         (("2024-05-01_", ""),),
         (("GOPR0042_", ""), ("GOPR0043_", "")),
+        (("IMG_20240501_", "_HDR"),),
+        (("a1b2c3_", ""), ("a1b2c4_", "")),
+        (("", "_leftImg8bit"),),
+        (("rgb_", "_1280x720"),),
         (("drone_4k_", ""),),
     )
     width = int(draw.choice((1, 4, 6, 10)))
@@ -134,7 +159,8 @@ def time_names(draw: np.random.Generator) -> list[list[tuple[float, str]]]:
     period = 1_000_000_000 // int(draw.choice((10, 20, 30)))
     jitter = int(0.03 * period)
     start = 1_403_636_579_763_555_584
-    kept = [i for i in range(12) if draw.random() > 0.1]
+    lost = draw.choice(12, draw.integers(3), replace=False)
+    kept = [i for i in range(12) if i not in lost]
     found = []
     for i in kept:
         time = start + i * period + int(draw.integers(-jitter, jitter + 1))
@@ -145,7 +171,9 @@ def time_names(draw: np.random.Generator) -> list[list[tuple[float, str]]]:
     return [found]
 
 
-def neighbours(sequence: list[tuple[float, str]], offsets: list[int]) -> dict[str, list[str]]:
+def neighbours(
+    sequence: list[tuple[float, str]], offsets: list[int]
+) -> dict[str, list[str]]:
     """Name of a target -> names of its frames, of those that have all of them."""
     by_time = {round(time * 1000): name for time, name in sequence}
     found = {}
@@ -156,7 +184,9 @@ def neighbours(sequence: list[tuple[float, str]], offsets: list[int]) -> dict[st
     return found
 
 
-def save_picture(draw: np.random.Generator, path: str, size: tuple[int, int], kind: str, turn: int) -> None:
+def save_picture(
+    draw: np.random.Generator, path: str, size: tuple[int, int], kind: str, turn: int
+) -> None:
     """A picture of its own in one of the ways in which images are stored; `turn` is its EXIF orientation."""
     image = Image.fromarray(make_data.picture(*size, seed=int(draw.integers(2**31))))
     if kind == "gray16":
@@ -168,7 +198,9 @@ def save_picture(draw: np.random.Generator, path: str, size: tuple[int, int], ki
     image.save(path, **extra)
 
 
-def write_intrinsics(draw: np.random.Generator, case: Case, shown: tuple[int, int]) -> list[float]:
+def write_intrinsics(
+    draw: np.random.Generator, case: Case, shown: tuple[int, int]
+) -> list[float]:
     """intrinsics.txt in some spelling, or --fov; returns fx, fy, cx, cy at training size (64 x 96)."""
     height, width = shown
     fx = float(draw.uniform(0.6, 1.5) * width)
@@ -183,7 +215,9 @@ def write_intrinsics(draw: np.random.Generator, case: Case, shown: tuple[int, in
         numbers = (K[0], 0, K[2], 0, K[1], K[3], 0, 0, 1) if draw.random() < 0.5 else K
         text = separator.join(f"{number:.6f}" for number in numbers)
         mark = "\ufeff" if draw.random() < 0.3 else ""
-        make_data.write_text(f"{case.root}/intrinsics.txt", mark + text + "\n" * int(draw.integers(3)))
+        make_data.write_text(
+            f"{case.root}/intrinsics.txt", mark + text + "\n" * int(draw.integers(3))
+        )
     across, down = 96 / width, 64 / height
     return [
         K[0] * across,
@@ -218,7 +252,9 @@ def own_frames(draw: np.random.Generator, root: str) -> Case:
     for name in ("notes.txt", ".hidden.jpg", "Thumbs.db", f"._{files[0]}.{extension}"):
         if draw.random() < 0.3:
             make_data.write_text(f"{root}/{name}", "odd")
-    case.what = f"{named[0][0][1]}.{extension} {len(named)} sequences, {kind}, EXIF {turn}"
+    case.what = (
+        f"{named[0][0][1]}.{extension} {len(named)} sequences, {kind}, EXIF {turn}"
+    )
     return case
 
 
@@ -228,14 +264,22 @@ def own_depth(draw: np.random.Generator, root: str) -> Case:
     scale = int(draw.choice((100, 256, 1000, 5000)))
     case.options = ["--fov", "60", "--depth_scale", str(scale)]
     focal = 48 / np.tan(np.radians(30))
-    fault = str(draw.choice(("none", "none", "none", "shape", "8 bits", "colour", "empty", "16-bit copy")))
+    fault = str(
+        draw.choice(
+            ("none", "none", "none", "shape", "8 bits", "colour", "empty", "16-bit copy")
+        )
+    )
     for sequence in ("a", "b"):
         for number in range(3):
-            path = make_data.write_image(f"{root}/{sequence}_{number}.png", seed=int(draw.integers(2**31)))
+            path = make_data.write_image(
+                f"{root}/{sequence}_{number}.png", seed=int(draw.integers(2**31))
+            )
             metres = int(draw.integers(1, 12))
             if draw.random() < 0.3 and case.depth:
                 continue
-            make_data.write_depth(f"{root}/depth/{sequence}_{number}.png", metres, scale=scale)
+            make_data.write_depth(
+                f"{root}/depth/{sequence}_{number}.png", metres, scale=scale
+            )
             case.targets[path] = [path]
             case.K[path] = [focal, focal, 47.5, 31.5]
             case.depth[path] = metres
@@ -256,14 +300,55 @@ def spoil_depth(case: Case, fault: str) -> None:
     if fault in arrays:
         make_data.write_array(depth, arrays[fault])
         case.must_refuse = True
-    if fault == "16-bit copy":  # the depth lies beside the images as well, under other names
+    if (
+        fault == "16-bit copy"
+    ):  # the depth lies beside the images as well, under other names
         for other in sorted(case.depth):
             name = f"{os.path.splitext(other)[0]}_depth.png"
             make_data.write_depth(name, 3)
         case.may_refuse = True
 
 
+def own_stereo(draw: np.random.Generator, root: str) -> Case:
+    """Pairs in folders or by names, cameras that miss frames, a K of each camera."""
+    case = Case("frames", root, str(draw.choice(("0 s", "0 -1 s"))))
+    baseline = round(float(draw.uniform(0.05, 1)), 3)
+    case.options = ["--baseline", str(baseline)]
+    layouts = (
+        "{}/{:04d}.jpg",
+        "{}_{:04d}.jpg",
+        "{:04d}_{}.jpg",
+        "scene/{}/data/{:04d}.jpg",
+    )
+    number_first = draw.random() < 0.25
+    layout = layouts[2] if number_first else layouts[draw.choice((0, 1, 3))]
+    words = (("left", "right"), ("Left", "Right"), ("cam0", "cam1"))[draw.integers(3)]
+    paths = {}
+    for side in (0, 1):
+        lost = draw.integers(12)  # one frame of every other camera
+        for number in range(6):
+            if number == lost:
+                continue
+            parts = (number, words[side]) if number_first else (words[side], number)
+            paths[side, number] = os.path.join(root, layout.format(*parts))
+            make_data.write_image(paths[side, number], seed=int(draw.integers(2**31)))
+    make_data.write_text(f"{root}/intrinsics.txt", "60 60 47.5 31.5")
+    for (side, number), path in paths.items():
+        wanted = [(side, number), (side, number - 1), (1 - side, number)]
+        if "-1" not in case.frame_ids:
+            wanted.pop(1)
+        frames = [paths.get(place) for place in wanted]
+        if None not in frames:
+            case.targets[path] = frames
+            case.K[path] = [60, 60, 47.5, 31.5]
+            case.baseline[path] = baseline if side else -baseline
+    case.may_refuse = number_first and words[0] == "cam0"  # both numbers count up
+    case.what = f"stereo {layout} {words}"
+    return case
+
+
 # ------------------------------------------------------------------------------------ KITTI
+
 
 def kitti(draw: np.random.Generator, root: str) -> Case:
     """Sizes, missing frames and damaged calibrations of a drive."""
@@ -279,7 +364,9 @@ def kitti(draw: np.random.Generator, root: str) -> Case:
     make_data.write_calibration(f"{root}/2011_09_26", K)
     make_data.write_drive(root, frames=5, height=shape[0], width=shape[1])
     present = {(side, number) for side in SIDES for number in range(5)}
-    for side, number in [(side, number) for side, number in sorted(present) if draw.random() < 0.1]:
+    for side, number in [
+        (side, number) for side, number in sorted(present) if draw.random() < 0.1
+    ]:
         os.remove(image_path(root, side, number))
         present.remove((side, number))
     for side, number in sorted(present):
@@ -290,6 +377,8 @@ def kitti(draw: np.random.Generator, root: str) -> Case:
             paths = [image_path(root, *frame) for frame in frames]
             case.targets[paths[0]] = paths
             case.K[paths[0]] = [fx, fx, 46, 30]
+            if stereo:
+                case.baseline[paths[0]] = 0.5 if side == 3 else -0.5
     case.must_refuse |= not case.targets
     spoil_calibration(draw, case)
     return case
@@ -302,7 +391,22 @@ def image_path(root: str, side: int, number: int) -> str:
 def spoil_calibration(draw: np.random.Generator, case: Case) -> None:
     path = Path(case.root, "2011_09_26", "calib_cam_to_cam.txt")
     text = path.read_text()
-    fault = str(draw.choice(("none", "none", "none", "nan", "key", "short", "empty", "size", "missing", "mark")))
+    fault = str(
+        draw.choice(
+            (
+                "none",
+                "none",
+                "none",
+                "nan",
+                "key",
+                "short",
+                "empty",
+                "size",
+                "missing",
+                "mark",
+            )
+        )
+    )
     changed = {
         "nan": text.replace("P_rect_02: ", "P_rect_02: nan "),
         "key": text.replace("P_rect_02", "P_rect_99"),
@@ -320,6 +424,7 @@ def spoil_calibration(draw: np.random.Generator, case: Case) -> None:
 
 # ------------------------------------------------------------------------------------ labels
 
+
 class LabelCase:
     """One damaged label or image of KITTI's labelled ones: refused, or read as it is."""
 
@@ -329,7 +434,9 @@ class LabelCase:
         self.image, self.label = data.pairs[0]
         faults = {
             "none": self.change(lambda raw: raw),
-            "unknown id": self.change(lambda raw: np.where(raw == 7, np.uint8(34 + draw.integers(200)), raw)),
+            "unknown id": self.change(
+                lambda raw: np.where(raw == 7, np.uint8(34 + draw.integers(200)), raw)
+            ),
             "16 bits": self.change(lambda raw: raw.astype(np.uint16) * 300),
             "colour": self.change(lambda raw: np.stack([raw] * 3, -1)),
             "turned": self.change(lambda raw: raw.T),
@@ -345,9 +452,11 @@ class LabelCase:
 
     def change(self, how):
         """A function that rewrites the label."""
+
         def rewrite() -> None:
             changed = how(np.array(Image.open(self.label)))
             make_data.write_array(self.label, np.ascontiguousarray(changed))
+
         return rewrite
 
     def check(self) -> str:
@@ -368,22 +477,31 @@ class LabelCase:
 
 # ------------------------------------------------------------------------------------ damaged bytes
 
+
 class DamageCase:
     """Bytes of one file flipped, or its end cut off: refused, or what a checksum covers is unchanged."""
 
     def __init__(self, draw: np.random.Generator, root: str):
-        self.kind = str(draw.choice(("png", "jpg", "depth", "label", "checkpoint", "points")))
+        self.kind = str(
+            draw.choice(("png", "jpg", "depth", "label", "checkpoint", "points"))
+        )
         self.path = self.write(draw, root)
         self.before = self.read()
         self.what = f"{self.kind} {damage(self.path, draw)}"
 
     def write(self, draw: np.random.Generator, root: str) -> str:
         if self.kind in ("png", "jpg"):
-            return make_data.write_image(f"{root}/a.{self.kind}", seed=int(draw.integers(99)))
+            return make_data.write_image(
+                f"{root}/a.{self.kind}", seed=int(draw.integers(99))
+            )
         if self.kind == "depth":
-            return make_data.write_array(f"{root}/a.png", draw.integers(1, 60000, (64, 96)).astype(np.uint16))
+            return make_data.write_array(
+                f"{root}/a.png", draw.integers(1, 60000, (64, 96)).astype(np.uint16)
+            )
         if self.kind == "label":
-            return make_data.write_array(f"{root}/a.png", make_data.blocks(range(19), 64, 96))
+            return make_data.write_array(
+                f"{root}/a.png", make_data.blocks(range(19), 64, 96)
+            )
         if self.kind == "points":
             make_data.write_kitti(root, frames=1)
             return f"{root}/{DRIVE}/velodyne_points/data/0000000000.bin"
@@ -396,7 +514,9 @@ class DamageCase:
             return [datasets.read_image(self.path)]
         if self.kind in ("depth", "label"):
             modes = ("I;16", "I") if self.kind == "depth" else ("L", "P")
-            return [torch.from_numpy(datasets.read_ids(self.path, modes).astype(np.int64))]
+            return [
+                torch.from_numpy(datasets.read_ids(self.path, modes).astype(np.int64))
+            ]
         if self.kind == "points":
             root = self.path.partition("/2011_09_26/")[0]
             return [clips("kitti", root, "0", with_depth=True).read(0)["depth"]]
@@ -431,10 +551,11 @@ def damage(path: str, draw: np.random.Generator) -> str:
 
 def test_fuzz(tmp_path):
     """Sound inputs are read and right; the others are refused in one line; no traceback, no warning of numpy."""
-    kinds = (own_frames, own_frames, own_frames, own_depth, kitti, LabelCase, DamageCase, DamageCase)
+    frames = (own_frames, own_frames, own_frames, own_depth, own_stereo)
+    kinds = (*frames, kitti, LabelCase, DamageCase, DamageCase)
     outcomes = collections.Counter()
     failures = []
-    for number in range(MUTATIONS):
+    for number in ONLY or range(MUTATIONS):
         draw = np.random.default_rng([SEED, number])
         make = kinds[number % len(kinds)]
         root = tmp_path / str(number)
@@ -445,9 +566,9 @@ def test_fuzz(tmp_path):
                 warnings.simplefilter("error", RuntimeWarning)
                 outcomes[make.__name__, case.check()] += 1
         except Exception as error:  # noqa: BLE001  (whatever it is, the others are tried as well)
-            failures.append(f"mutation {number} ({make.__name__}, {case.what}): {type(error).__name__} {error}")
+            reason = f"{type(error).__name__} {error}".splitlines()[0]
+            failures.append(f"mutation {number} ({make.__name__}, {case.what}): {reason}")
         else:
             shutil.rmtree(root)
     print(f"{MUTATIONS} mutations: {dict(sorted(outcomes.items()))}")
     assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures[:20])
-

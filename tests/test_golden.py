@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from numpy.testing import assert_allclose
 from PIL import Image
 
 import datasets
@@ -49,6 +50,11 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 def seed_of(path: Path) -> int:
     return int(path.stem.rpartition("seed")[2])
+
+
+def size_of(path: Path) -> str:
+    """Of depth_r18_seed0.npz: 18."""
+    return path.stem.split("_")[1].removeprefix("r")
 
 
 def assert_close(ours, golden, relative: float = 2e-5, absolute: float = 2e-6) -> None:
@@ -94,8 +100,12 @@ def test_view_synthesis(path, suffix):
 
     warped, inside = losses.sample(golden["image"], pixels)
     expected = golden["warped_ac1" + suffix]
-    assert_close(warped.movedim(1, 3)[usable], expected.movedim(1, 3)[usable], absolute=2e-4)
-    clear = usable & ((normalised.abs() - 1).abs() > 1e-4).all(3)  # not on the border itself
+    warped = warped.movedim(1, 3)
+    expected = expected.movedim(1, 3)
+    assert_close(warped[usable], expected[usable], absolute=2e-4)
+
+    from_border = (normalised.abs() - 1).abs()
+    clear = usable & (from_border > 1e-4).all(3)
     expected = (normalised.abs() <= 1).all(3)
     assert torch.equal(inside[:, 0][clear], expected[clear])
 
@@ -144,7 +154,9 @@ def loss_files() -> list:
     found = []
     for variant in VARIANTS:
         for entry in files(f"loss_{variant}_seed*.npz"):
-            found.append(pytest.param(variant, *entry.values, marks=entry.marks, id=entry.id))
+            path = entry.values[0]
+            case = pytest.param(variant, path, marks=entry.marks, id=entry.id)
+            found.append(case)
     return found
 
 
@@ -178,7 +190,8 @@ class LossCase:
 
     def at_full_size(self, scale: int) -> tuple[dict, dict]:
         """One scale alone, upsampled as the loss does."""
-        return self.compute([losses.upsample(self.disparities[scale], (64, 96))])
+        full = losses.upsample(self.disparities[scale], (64, 96))
+        return self.compute([full])
 
 
 @pytest.fixture(params=(True, False), ids=("ac1", "ac0"))
@@ -197,7 +210,11 @@ def corners(request, monkeypatch) -> bool:
 def read_outputs(path: Path, corners: bool) -> dict[str, torch.Tensor]:
     prefix = f"ac{int(corners)}_"
     golden = read(path)
-    return {key[4:]: value for key, value in golden.items() if key.startswith(prefix)}
+    outputs = {}
+    for key, value in golden.items():
+        if key.startswith(prefix):
+            outputs[key.removeprefix(prefix)] = value
+    return outputs
 
 
 def relative_distance(ours: torch.Tensor, golden: torch.Tensor, left_out: int = 0) -> float:
@@ -206,7 +223,8 @@ def relative_distance(ours: torch.Tensor, golden: torch.Tensor, left_out: int = 
     golden = golden.flatten()
     order = (ours - golden).abs().argsort()
     kept = order[: len(order) - left_out]
-    return float((ours - golden)[kept].norm() / golden[kept].norm())
+    distance = (ours - golden)[kept].norm()
+    return float(distance / golden[kept].norm())
 
 
 @pytest.mark.parametrize("variant, path", loss_files())
@@ -283,7 +301,8 @@ def fill(index: int, key: str, shape: tuple, seed: int) -> torch.Tensor:
         return torch.zeros((), dtype=torch.int64)
     count = int(np.prod(shape))
     j = np.arange(count, dtype=np.int64)
-    numerator = j * j * 7919 + j * (2 * index + 1) * 101 + 13 * index + 977 * seed
+    linear = j * (2 * index + 1) * 101
+    numerator = j * j * 7919 + linear + 13 * index + 977 * seed
     u = (numerator % 65521) / 65521 * 2 - 1
     if key.endswith("running_var"):
         values = 1 + 0.5 * u
@@ -305,10 +324,18 @@ def published_state(network: str, seed: int) -> dict[str, torch.Tensor]:
     return state
 
 
+def unet(size: str) -> networks.Network:
+    model = networks.build("unet", f"resnet{size}", 1, scales=(0, 1, 2, 3))
+    return model.eval()
+
+
+def without_classifier(entries: dict) -> dict:
+    return {key: value for key, value in entries.items() if ".fc." not in key}
+
+
 def load_published(module: torch.nn.Module, network: str, seed: int) -> None:
     state = published_state(network, seed)
-    state = {key: value for key, value in state.items() if ".fc." not in key}
-    module.load_state_dict(state)
+    module.load_state_dict(without_classifier(state))
 
 
 def assert_features(features: list[torch.Tensor], golden: dict, ending: str) -> None:
@@ -320,7 +347,7 @@ def assert_features(features: list[torch.Tensor], golden: dict, ending: str) -> 
 @pytest.mark.parametrize("size", ("18", "50"))
 @pytest.mark.parametrize("path", files("state_dict_keys.json"))
 def test_parameter_names(path, size):
-    model = networks.build("unet", f"resnet{size}", 1, scales=(0, 1, 2, 3))
+    model = unet(size)
     pose = networks.PoseNet(f"resnet{size}")
     modules = {
         "encoder": model.encoder,
@@ -329,19 +356,20 @@ def test_parameter_names(path, size):
         "pose": pose.decoder,
     }
     for part, module in modules.items():
-        ours = {key: list(value.shape) for key, value in module.state_dict().items()}
+        state = module.state_dict()
+        ours = {key: list(value.shape) for key, value in state.items()}
         published = published_shapes(f"{part}_r{size}")
-        assert ours == {key: shape for key, shape in published.items() if ".fc." not in key}
+        assert ours == without_classifier(published)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("path", files("depth_r*_seed*.npz"))
 def test_depth_network(path):
     golden = read(path)
-    size = path.stem.split("_")[1]
-    model = networks.build("unet", f"resnet{size[1:]}", 1, scales=(0, 1, 2, 3)).eval()
-    load_published(model.encoder, f"encoder_{size}", seed_of(path))
-    load_published(model.decoder, f"depth_{size}", seed_of(path))
+    size = size_of(path)
+    model = unet(size)
+    load_published(model.encoder, f"encoder_r{size}", seed_of(path))
+    load_published(model.decoder, f"depth_r{size}", seed_of(path))
     assert_features(model.encoder(golden["input"]), golden, "_of_sample0")
     for scale, output in enumerate(model(golden["input"])):
         assert_close(output.sigmoid(), golden[f"disp_{scale}"], 1e-5, 1e-5)
@@ -351,10 +379,10 @@ def test_depth_network(path):
 @pytest.mark.parametrize("path", files("pose_r*_seed*.npz"))
 def test_pose_network(path):
     golden = read(path)
-    size = path.stem.split("_")[1]
-    pose = networks.PoseNet(f"resnet{size[1:]}").eval()
-    load_published(pose.encoder, f"pose_encoder_{size}", seed_of(path))
-    load_published(pose.decoder, f"pose_{size}", seed_of(path))
+    size = size_of(path)
+    pose = networks.PoseNet(f"resnet{size}").eval()
+    load_published(pose.encoder, f"pose_encoder_r{size}", seed_of(path))
+    load_published(pose.decoder, f"pose_r{size}", seed_of(path))
     features = pose.encoder(golden["input"])
     assert_features(features, golden, "")
     axisangle, translation = pose.decoder(features[-1])  # (1, 2, 3): two predictions
@@ -380,14 +408,15 @@ def test_published_folder(path, tmp_path):
     assert (options["height"], options["width"]) == (64, 96)
     assert (options["min_depth"], options["max_depth"]) == (0.1, 100)
 
-    model = networks.build("unet", "resnet18", 1, scales=(0, 1, 2, 3)).eval()
+    model = unet("18")
     pose = networks.PoseNet("resnet18")
     message = weights.load_weights(model, str(tmp_path), "depth", pose=pose)
     assert "encoder 120/120" in message
     assert "decoder 28/28" in message
     assert "pose 8/8" in message
     for network in (whole, model):
-        assert_close(network(golden["input"])[0].sigmoid(), golden["disp_0"], 1e-5, 1e-5)
+        outputs = network(golden["input"])
+        assert_close(outputs[0].sigmoid(), golden["disp_0"], 1e-5, 1e-5)
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -424,9 +453,9 @@ def test_evaluation(path, protocol):
     for index, row in enumerate(rows):
         assert row["pixels"] == golden[f"{protocol}_count"][index]
         expected = golden[f"{protocol}_errors"][index]
-        np.testing.assert_allclose(metrics(row), expected, rtol=1e-4, atol=1e-6)
+        assert_allclose(metrics(row), expected, rtol=1e-4, atol=1e-6)
     summary = evaluate.summarise_depth(rows)
-    np.testing.assert_allclose(metrics(summary), golden[f"{protocol}_mean"], rtol=5e-5)
+    assert_allclose(metrics(summary), golden[f"{protocol}_mean"], rtol=5e-5)
 
 
 @pytest.mark.parametrize("path", files("evaluation_seed*.npz"))
@@ -434,8 +463,9 @@ def test_median_scaling(path):
     golden = read_arrays(path)
     rows = evaluate_all(golden, "mono_eigen")
     ratios = golden["mono_eigen_ratios"]
-    np.testing.assert_allclose([row["ratio"] for row in rows], ratios, rtol=2e-5)
-    np.testing.assert_allclose([row["scale"] for row in rows], ratios, rtol=2e-5)
+    for row, ratio in zip(rows, ratios, strict=True):
+        assert row["ratio"] == pytest.approx(ratio, rel=2e-5)
+        assert row["scale"] == pytest.approx(ratio, rel=2e-5)
     summary = evaluate.summarise_depth(rows)
     median = np.median(ratios)
     assert summary["ratio_median"] == pytest.approx(median, rel=2e-5)
@@ -446,9 +476,9 @@ def test_median_scaling(path):
 def test_depth_errors(path):
     golden = read_arrays(path)
     errors = evaluate.depth_errors(golden["errors_gt"], golden["errors_pred"])
-    np.testing.assert_allclose(metrics(errors), golden["errors"], rtol=2e-5)
+    assert_allclose(metrics(errors), golden["errors"], rtol=2e-5)
     errors = evaluate.depth_errors(golden["mono_eigen_gt0"], golden["mono_eigen_pred0"])
-    np.testing.assert_allclose(metrics(errors), golden["mono_eigen_errors"][0], rtol=2e-5)
+    assert_allclose(metrics(errors), golden["mono_eigen_errors"][0], rtol=2e-5)
 
 
 @pytest.mark.parametrize("path", files("evaluation_seed*.npz"))
@@ -465,7 +495,7 @@ def test_garg_crop(path):
 def kitti_with_images(folder: Path, copy: Path) -> tuple[str, str]:
     """A copy of a golden KITTI folder, with made-up images beside the points, and its drive."""
     shutil.copytree(folder, copy)
-    drive = next(path for path in (copy / "2011_09_26").iterdir() if path.is_dir())
+    drive = next(copy.glob("2011_09_26/*_drive_*"))
     drive.chmod(0o755)
     for camera in ("image_02", "image_03"):
         data = drive / camera / "data"
@@ -492,10 +522,11 @@ def test_velodyne_depth(tmp_path, folder, camera, side, forward_distance):
     drive = f"2011_09_26/{drive}"
     split = tmp_path / "split.txt"
     split.write_text(f"{drive} 7 {side}\n")
-    clips = datasets.KittiRaw(root, ["0"], str(split), with_depth=True, height=32, width=96)
+    clips = datasets.KittiRaw(root, ["0"], str(split), height=32, width=96)
     calibration = clips.calibration(drive)
+    points = np.fromfile(clips.velodyne_file(drive, 7), np.float32)
     ours = datasets.velodyne_depth(
-        np.fromfile(clips.velodyne_file(drive, 7), np.float32).reshape(-1, 4),
+        points.reshape(-1, 4),
         clips.velodyne_pose(drive),
         calibration["P"][side],
         calibration["size"],
@@ -512,4 +543,4 @@ def test_velodyne_depth(tmp_path, folder, camera, side, forward_distance):
         assert wrapped[rows, columns].all()
         wrapped[:] = False
         wrapped[rows, columns] = True
-    np.testing.assert_allclose(ours[~wrapped], golden[~wrapped], rtol=1e-9)
+    assert_allclose(ours[~wrapped], golden[~wrapped], rtol=1e-9)

@@ -72,6 +72,7 @@ class Process:
         self.process = FORKS.Process(target=run_forked, args=arguments)
         self.process.start()
         self.pid = self.process.pid
+        STARTED.append(self)
 
     def wait(self, seconds: float = 120) -> int:
         """The exit code; a process that takes longer is killed."""
@@ -92,6 +93,17 @@ class Process:
 
     def text(self) -> str:
         return self.output.read_text()
+
+
+STARTED: list[Process] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """Kill what a failed test leaves running."""
+    yield
+    while STARTED:
+        STARTED.pop().wait(0)
 
 
 def run_forked(script: str, options: list[str], output: str, environment: dict, fixed_statistics: bool) -> None:
@@ -242,7 +254,7 @@ def test_loader_processes_and_the_cache_change_nothing(tmp_path, runs):
 
 
 def test_learned_intrinsics_continue(tmp_path, monkeypatch):
-    """Each folder's camera starts from --fov; a run stopped after two steps ends with the same bits."""
+    """Each folder's camera starts from --fov; a stopped run ends with the same bits."""
     for name in ("one", "two"):
         write_frames(tmp_path / "videos" / name, 4, intrinsics=None)
     data = ("--data", "frames", "--data_path", tmp_path / "videos", "--intrinsics", "learned", "--fov", 90)
@@ -257,7 +269,7 @@ def test_learned_intrinsics_continue(tmp_path, monkeypatch):
     for record in read_log(tmp_path / "through"):
         assert {"fx", "fy", "cx", "cy"} <= record.keys()
 
-    stop_after(2, monkeypatch)
+    stop_after(1, monkeypatch)
     call(train_depth, *options, "--name", "stopped", expect=utils.STOPPED)
     monkeypatch.undo()
     call(train_depth, *options, "--name", "stopped", expect=0)
@@ -266,7 +278,7 @@ def test_learned_intrinsics_continue(tmp_path, monkeypatch):
 
 
 def stop_after(step: int, monkeypatch) -> None:
-    """Let a run in this process believe that a signal came after a step."""
+    """Let a run in this process believe that a signal came at the end of a step: it stops after the next."""
     log = utils.Run.log
 
     def log_and_stop(run, record):
@@ -804,7 +816,7 @@ def rewrite_as_first_edition(run: Path) -> None:
 @pytest.mark.parametrize("kind", ("mono", "depth", "flow", "reconstruction", "segmentation"))
 def test_a_run_of_the_first_edition_continues(tmp_path, monkeypatch, runs, kind):
     script, reference, options = training(kind, runs, tmp_path)
-    stop_after(2, monkeypatch)
+    stop_after(1, monkeypatch)
     call(SCRIPTS[script], *options, expect=utils.STOPPED)
     monkeypatch.undo()
     run = tmp_path / Path(reference).name

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,9 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import batches
 import datasets
-import evaluate
+import metrics
 import train_depth
 import train_seg
 import utils
@@ -88,7 +90,8 @@ class NoiseClips(datasets.Clips):
             "K": (K.expand(count, 3, 3).contiguous(), None),
         }
         if train_depth.is_stereo(args):
-            T = datasets.translation_x(-0.54)
+            T = torch.eye(4)
+            T[0, 3] = -0.54  # m
             self.arrays["stereo_T"] = T.expand(count, 4, 4).contiguous(), None
         if train_depth.is_measured(args):
             depth = torch.empty(count, 1, *self.size)
@@ -107,11 +110,10 @@ class NoiseLabels(KITTI):
     """Labelled noise of KITTI's size, in KITTI's classes."""
 
     def __init__(self, count: int, args: Namespace):
-        self.count = count
-        super().__init__(os.devnull, "val", args.height, args.width)
-
-    def list_pairs(self, root: str, split: str) -> list[tuple[str, str]]:
-        return [(root, root)] * self.count
+        self.pairs = [(f"image {i}", f"label {i}") for i in range(count)]
+        self.size = args.height, args.width
+        self.cached = {}
+        self.keep = True
 
     def native_label(self, index: int) -> torch.Tensor:
         rng = np.random.default_rng(index)
@@ -139,11 +141,12 @@ class DepthTraining:
         self.optimizer = train_depth.make_optimizer(args, self.objective)
         self.module = utils.prepare(self.objective, args, self.device)
         dataset = NoiseClips(args)
-        self.batches = iter(datasets.train_batches(dataset, args, 0, self.device))
+        self.stream = iter(batches.train_batches(dataset, args, 0, self.device))
         self.step = 0
 
     def data(self) -> dict:
-        batch = train_depth.add_draws(next(self.batches), self.args, self.step)
+        batch = next(self.stream)
+        train_depth.add_draws(batch, self.args, self.step)
         self.step += 1
         return batch
 
@@ -169,14 +172,14 @@ class SegTraining(DepthTraining):
         self.optimizer = train_seg.make_optimizer(args, self.objective.model)
         self.module = utils.prepare(self.objective, args, self.device)
         dataset = NoiseLabels(args.batch_size, args)
-        self.batches = iter(datasets.train_batches(dataset, args, 0, self.device))
+        self.stream = iter(batches.train_batches(dataset, args, 0, self.device))
         self.step = 0
 
     def data(self) -> dict:
-        batch = next(self.batches)
+        batch = next(self.stream)
         if self.args.jitter > 0:
-            draws = datasets.draw_jitter(self.args.batch_size, self.args.seed, self.step)
-            batch["jitter"] = draws.to(self.device)
+            draws = batches.draw_jitter(self.args.batch_size, self.args.seed, self.step)
+            batch["jitter"] = batches.to_device(draws, self.device)
         self.step += 1
         return batch
 
@@ -280,7 +283,7 @@ def seg_command(options: Namespace) -> dict:
     dataset = NoiseLabels(options.images, training.args)
     dataset.read_all(native_label=True)  # decoding happens once a run, so it is not measured
     began = time.perf_counter()
-    evaluate.evaluate_segmentation(model, dataset, training.device)
+    metrics.evaluate_segmentation(model, dataset, training.device)
     seconds = time.perf_counter() - began
     record["ms_per_evaluated_image"] = 1000 * seconds / len(dataset)
     return record
@@ -295,7 +298,7 @@ def first_step(argv: list[str]) -> tuple[float, torch.Tensor]:
     for parameter in training.objective.parameters():
         if parameter.grad is not None:
             gradients.append(parameter.grad.flatten().double().cpu())
-    return float(loss), torch.cat(gradients)
+    return float(loss.detach()), torch.cat(gradients)
 
 
 def compare_command(options: Namespace) -> dict:
@@ -323,13 +326,13 @@ def compare_command(options: Namespace) -> dict:
 def count_samples(args: Namespace, device: torch.device, steps: int) -> float:
     """Samples a second that a training could have."""
     dataset = train_depth.make_dataset(args)
-    batches = iter(datasets.train_batches(dataset, args, 0, device))
-    next(batches)  # starts loader processes
-    next(batches)
+    stream = iter(batches.train_batches(dataset, args, 0, device))
+    next(stream)  # starts loader processes
+    next(stream)
     wait_for(device)
     began = time.perf_counter()
     for _ in range(steps):
-        next(batches)
+        next(stream)
     wait_for(device)
     return steps * args.batch_size / (time.perf_counter() - began)
 
@@ -464,15 +467,15 @@ def list_parts() -> dict[str, list[str]]:
     large = ["--encoder", "resnet50"]
     return {
         "compare": ["compare"],
-        "mono, before": [*total, *EAGER],
-        "mono, after": [*total, *COMPILED],
-        "mono+stereo, after": [*total, *COMPILED, *stereo],
-        "resnet50, after": [*total, *COMPILED, *large],
+        "mono, eager float32": [*total, *EAGER],
+        "mono, compiled": [*total, *COMPILED],
+        "mono+stereo, compiled": [*total, *COMPILED, *stereo],
+        "resnet50, compiled": [*total, *COMPILED, *large],
         "real": ["real", "--steps", "400", *COMPILED],
         "seg": ["seg", "--total", *COMPILED],
         "loader": ["loader", "--steps", "20"],
-        "mono+stereo, before": [*total, *EAGER, *stereo],
-        "resnet50, before": [*total, *EAGER, *large],
+        "mono+stereo, eager float32": [*total, *EAGER, *stereo],
+        "resnet50, eager float32": [*total, *EAGER, *large],
         "mono, split": ["step", "--compile", "none"],
     }
 
@@ -484,6 +487,7 @@ def start_part(argv: list[str]) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # a group that can be ended with all its processes
     )
 
 
@@ -492,9 +496,10 @@ def finish_part(process: subprocess.Popen, seconds: float) -> dict:
     try:
         output, errors = process.communicate(timeout=max(seconds, 0))
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         return {"error": f"not finished after {seconds:.0f} s"}
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         lines = errors.strip().splitlines() or ["no message"]
         return {"error": f"exit code {process.returncode}: {lines[-1]}"}
@@ -508,7 +513,7 @@ def compile_ahead(parts: dict[str, list[str]], end: float) -> dict[str, dict]:
     """
     compiling = {}
     for name, argv in parts.items():
-        if name == "compare" or name.endswith("after") or name == "seg":
+        if name == "compare" or name.endswith("compiled") or name == "seg":
             short = [] if name == "compare" else ["--steps", "1"]
             compiling[name] = start_part([*argv, *short])
     records = {}
@@ -557,7 +562,7 @@ def summary(record: dict) -> str:
     for key, value in record.items():
         if isinstance(value, float):
             shown[key] = f"{value:.4g}"
-        elif key not in ("command", "device", "torch"):
+        elif not isinstance(value, dict):
             shown[key] = str(value)
     return "  ".join(f"{key} {value}" for key, value in shown.items())
 

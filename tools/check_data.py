@@ -24,8 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import datasets
 from images import image_names, image_size, natural_key, read_ids, read_image, size_text
-from tools.check_pictures import View, clip_sheet, difference, edge_agreement, label_sheet
-from tools.check_pictures import same_pictures, thumbnails
+from tools.check_pictures import View, clip_sheet, difference, edge_agreement, label_sheet, same_pictures, thumbnails
 from utils import IGNORE, InputError, Parser, run_main
 
 STATIC = 2.0  # of 255: a target that differs less from a neighbour is near-static
@@ -49,6 +48,8 @@ def parse_options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.output and not args.output.lower().endswith((".png", ".jpg")):
         raise InputError(f"--output {args.output} does not end in .png or .jpg")
+    if args.cache:
+        raise InputError("--cache: the files themselves are checked")
     return args
 
 

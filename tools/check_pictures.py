@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from images import resize_label
 from losses import masked_mean, photometric_error, pose_to_matrix, synthesize
 from pictures import colour_depth, colour_labels, colour_values, picture_grid
 
@@ -25,6 +26,7 @@ PLANES = 48  # distances tried where the other camera is matched
 
 # ---------------------------------------------------------------------------------------------- comparing pictures
 
+
 def thumbnails(images: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) from 0 to 255 at the size of comparison, (B, 3 * 24 * 32)."""
     return F.adaptive_avg_pool2d(images.float(), THUMBNAIL).flatten(1)
@@ -34,12 +36,17 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(first - second).mean())
 
 
-def same_pictures(first: list[np.ndarray], second: list[np.ndarray]) -> list[tuple[int, int]]:
+def same_pictures(
+    first: list[np.ndarray], second: list[np.ndarray]
+) -> list[tuple[int, int]]:
     """(place in first, place in second) of thumbnails of one picture, whatever its size or format."""
-    first, second = torch.tensor(np.stack(first)), torch.tensor(np.stack(second))
+    first, second = (
+        torch.tensor(np.stack(first)),
+        torch.tensor(np.stack(second)),
+    )
     pairs = []
     for start in range(0, len(first), 256):
-        some = first[start:start + 256]
+        some = first[start : start + 256]
         distances = torch.cdist(some, second, p=1) / first.shape[1]
         nearest, column = distances.min(1)
         for row in (nearest < ALIKE).nonzero()[:, 0].tolist():
@@ -54,11 +61,14 @@ def edge_agreement(image: Tensor, label: Tensor) -> float:
     """
     contrast = image.float().mean(0).diff(dim=1).abs()
     edges = label[:, 1:] != label[:, :-1]
+    if not edges.any():
+        return 1.0
     elsewhere = contrast[edges.flip(1)].mean()
-    return float(contrast[edges].mean() / elsewhere) if edges.any() and elsewhere > 0 else 1.0
+    return float(contrast[edges].mean() / elsewhere.clamp(min=1e-3))
 
 
 # ---------------------------------------------------------------------------------------------- warping a neighbour
+
 
 def fill(depth: Tensor) -> Tensor:
     """Sparse depth (1, 1, H, W) with its holes closed from their edges; 0 where that does not reach."""
@@ -78,7 +88,9 @@ def reduce(K: Tensor, factor: int) -> Tensor:
     return K
 
 
-def match(target: Tensor, source: Tensor, K: Tensor, T: Tensor) -> tuple[Tensor, float]:
+def match(
+    target: Tensor, source: Tensor, K: Tensor, T: Tensor
+) -> tuple[Tensor, float]:
     """Depth (1, 1, H, W) at which the other camera fits best, and the error that is left.
 
     Tries a stack of planes, at half the size.
@@ -103,9 +115,11 @@ def match(target: Tensor, source: Tensor, K: Tensor, T: Tensor) -> tuple[Tensor,
 
 
 class Alignment:
-    """Direct alignment: the motion that explains the source by the target's depth, from coarse to fine."""
+    """Direct alignment, from coarse to fine: the motion that explains the source by the target's depth."""
 
-    def __init__(self, target: Tensor, source: Tensor, depth: Tensor, K: Tensor):
+    def __init__(
+        self, target: Tensor, source: Tensor, depth: Tensor, K: Tensor
+    ):
         self.images = (target, source)
         self.depth = depth
         self.K = K
@@ -113,15 +127,18 @@ class Alignment:
 
     def motion(self, numbers: Tensor) -> Tensor:
         """T (1, 4, 4) of six numbers (1, 6) of one order of magnitude."""
-        return pose_to_matrix(numbers[:, :3] / 10, self.metres * numbers[:, 3:])
+        return pose_to_matrix(
+            numbers[:, :3] / 10, self.metres * numbers[:, 3:]
+        )
 
     def shrunk(self, factor: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Target, source, depth and K, `factor` times smaller."""
         target, source = (F.avg_pool2d(image, factor) for image in self.images)
-        return target, source, F.max_pool2d(self.depth, factor), reduce(self.K, factor)
+        depth = F.max_pool2d(self.depth, factor)
+        return target, source, depth, reduce(self.K, factor)
 
-    def error(self, numbers: Tensor, views: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        """The mean difference that is left."""
+    def error(self, numbers: Tensor, views: tuple) -> Tensor:
+        """The mean difference that is left, of what `shrunk` returns."""
         target, source, depth, K = views
         warped, seen = synthesize(source, depth, K, self.motion(numbers))
         error = (warped - target).abs().mean(1, keepdim=True)
@@ -154,7 +171,9 @@ class View:
     def __init__(self, sample: dict, neighbour: int | None):
         frames = sample["frames"].float() / 255
         self.target = frames[:1]  # (1, 3, H, W)
-        self.source = None if neighbour is None else frames[neighbour:neighbour + 1]
+        self.source = None
+        if neighbour is not None:
+            self.source = frames[neighbour : neighbour + 1]
         self.measured = sample["depth"][None] if "depth" in sample else None
         self.depth = None
         self.warped = None
@@ -163,7 +182,8 @@ class View:
         T = sample["stereo_T"][None] if "stereo_T" in sample else None
         if T is not None:
             self.depth, error = match(self.target, self.source, K, T)
-            self.swapped = match(self.target, self.source, K, T.inverse())[1] < error
+            _, reversed_error = match(self.target, self.source, K, T.inverse())
+            self.swapped = reversed_error < error
         if self.measured is not None:
             self.depth = fill(self.measured)
         if self.depth is not None and self.source is not None:
@@ -204,12 +224,15 @@ class View:
         """Of the target and the warped neighbour, or the neighbour as it is: (1, 1, H, W), 0 where it is unseen."""
         if self.warped is None:
             return (self.source - self.target).abs().mean(1, keepdim=True)
-        return (self.warped - self.target).abs().mean(1, keepdim=True) * self.counted
+        error = (self.warped - self.target).abs().mean(1, keepdim=True)
+        return error * self.counted
 
     def titles(self, neighbour: str | None) -> list[str]:
         found = ["target"]
-        if self.depth is not None:
-            found.append("depth by matching" if self.measured is None else "measured depth")
+        if self.measured is not None:
+            found.append("measured depth")
+        elif self.depth is not None:
+            found.append("depth by matching")
         if self.source is not None:
             found.append(f"frame {neighbour}")
         if self.warped is not None:
@@ -221,16 +244,22 @@ class View:
 
 # ---------------------------------------------------------------------------------------------- sheets
 
+
 def shrink(picture: Tensor) -> Tensor:
     """(3, H, W) at the sheet's width."""
-    height = round(WIDTH * picture.shape[1] / picture.shape[2])
-    resized = F.interpolate(picture[None], (height, WIDTH), mode="bilinear", antialias=True)
-    return resized[0].clamp(0, 1)
+    size = (round(WIDTH * picture.shape[1] / picture.shape[2]), WIDTH)
+    return F.interpolate(picture[None], size, mode="bilinear", antialias=True)[
+        0
+    ].clamp(0, 1)
 
 
-def clip_sheet(views: list[View], paths: list[str], neighbour: str | None) -> Image.Image:
+def clip_sheet(
+    views: list[View], paths: list[str], neighbour: str | None
+) -> Image.Image:
     """A row for every view, with its file's name and how far the neighbour differs."""
-    names = [f"{path[-28:]} {view.caption()}" for view, path in zip(views, paths)]
+    names = [
+        f"{path[-28:]} {view.caption()}" for view, path in zip(views, paths)
+    ]
     rows = [view.pictures() for view in views]
     return picture_grid(rows, views[0].titles(neighbour), tuple(names))
 
@@ -243,25 +272,41 @@ def label_sheet(chosen: list[tuple]) -> Image.Image:
         image, label = dataset.native(index)
         names.append(os.path.basename(dataset.pairs[index][0]))
         image = shrink(image.float() / 255)
-        label = F.interpolate(label[None, None].float(), image.shape[1:], mode="nearest-exact")[0]
-        coloured = colour_labels(label.long(), dataset.colours)[0]
+        label = resize_label(label.to(torch.uint8), image.shape[1:])
+        coloured = colour_labels(label[None], dataset.colours)[0]
         rows.append([image, coloured, 0.5 * (image + coloured)])
     titles = ["image", "label", "label over image"]
     sheet = picture_grid(same_height(rows), titles, tuple(names))
-    return with_legend(sheet, [*zip(dataset.colours, dataset.classes), ((0, 0, 0), "unlabelled")])
+    legend = [
+        *zip(dataset.colours, dataset.classes),
+        ((0, 0, 0), "unlabelled"),
+    ]
+    return with_legend(sheet, legend)
 
 
 def same_height(rows: list[list[Tensor]]) -> list[list[Tensor]]:
     """Pictures of lower rows padded at the bottom, as images of a set may differ in shape."""
     height = max(row[0].shape[1] for row in rows)
-    return [[F.pad(p, (0, 0, 0, height - p.shape[1]), value=1.0) for p in row] for row in rows]
+    padded = []
+    for row in rows:
+        below = height - row[0].shape[1]
+        padded.append(
+            [F.pad(picture, (0, 0, 0, below), value=1.0) for picture in row]
+        )
+    return padded
 
 
-def with_legend(sheet: Image.Image, entries: list[tuple[tuple, str]]) -> Image.Image:
+def with_legend(
+    sheet: Image.Image, entries: list[tuple[tuple, str]]
+) -> Image.Image:
     """The sheet with (colour, name) entries below it."""
-    step, line = 160, 22
+    step = 160  # pixels from entry to entry, and from line to line
+    line = 22
     across = max(1, sheet.width // step)
-    whole = Image.new("RGB", (sheet.width, sheet.height + -(-len(entries) // across) * line), "white")
+    lines = -(-len(entries) // across)
+    whole = Image.new(
+        "RGB", (sheet.width, sheet.height + lines * line), "white"
+    )
     whole.paste(sheet)
     draw = ImageDraw.Draw(whole)
     font = ImageFont.load_default(13)

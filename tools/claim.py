@@ -32,6 +32,7 @@ CONTRASTS = (  # a pre-training, and the others of which the best is compared wi
 
 # ---------------------------------------------------------------------------------------------- statistics
 
+
 def student_p(t: float, freedom: int) -> float:
     """Two-sided p value of Student's t for whole degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
     angle = math.atan2(abs(t), math.sqrt(freedom))
@@ -41,7 +42,7 @@ def student_p(t: float, freedom: int) -> float:
     total = 0.0
     for k in range(2 + odd, freedom + 1, 2):  # powers of the cosine up to freedom - 2
         total += term
-        term *= cosine ** 2 * (k - 1) / k
+        term *= cosine**2 * (k - 1) / k
     inside = math.sin(angle) * total
     if odd:
         inside = 2 / math.pi * (angle + inside)
@@ -73,7 +74,7 @@ class Estimate:
     seeds: int
 
     def text(self, digits: int = 1, sign: str = "") -> str:
-        """"mean (low to high)"; sign "+" shows that of a difference."""
+        """ "mean (low to high)"; sign "+" shows that of a difference."""
         if self.seeds == 0:
             return "–"
         mean = f"{self.mean:{sign}.{digits}f}"
@@ -126,8 +127,12 @@ class Claim:
                 data, init, network, tuned, images, seed = match.groups()
                 key = (network, f"{LABELS[data]}, {images} images", tuned, init)
                 self.cells.setdefault(key, {})[int(seed)] = run
-        self.networks = sorted({key[0] for key in self.cells}, key=lambda name: (name != NETWORK, name))
-        self.label_sets = sorted({key[1] for key in self.cells}, key=lambda name: (name[0] != "K", len(name), name))
+        self.networks = sorted(
+            {key[0] for key in self.cells}, key=lambda name: (name != NETWORK, name)
+        )
+        self.label_sets = sorted(
+            {key[1] for key in self.cells}, key=lambda name: (name[0] != "K", len(name), name)
+        )
 
     def cell(self, network: str, labels: str, tuned: str, init: str) -> Cell:
         return self.cells.get((network, labels, tuned, init), {})
@@ -138,23 +143,35 @@ class Claim:
         found = [key[3] for key in self.cells if key[:3] == (network, labels, tuned)]
         return sorted(found, key=lambda init: (known.index(init.removesuffix("-encoder")), init))
 
-    def differences(self, network: str, label_sets: list[str], left: str, right: str) -> dict[int, float]:
+    def differences(
+        self, network: str, label_sets: list[str], left: str, right: str
+    ) -> dict[int, float]:
         """Frozen left - right for each seed that has all label sets on both sides, averaged over these."""
-        pairs = [(self.cell(network, labels, "frozen", left), self.cell(network, labels, "frozen", right))
-                 for labels in label_sets]
+        pairs = [
+            (
+                self.cell(network, labels, "frozen", left),
+                self.cell(network, labels, "frozen", right),
+            )
+            for labels in label_sets
+        ]
         seeds = None
         for pair in pairs:
             shared = pair[0].keys() & pair[1].keys()
             seeds = shared if seeds is None else seeds & shared
-        return {seed: float(np.mean([score(a[seed]) - score(b[seed]) for a, b in pairs]))
-                for seed in sorted(seeds or ())}
+        return {
+            seed: float(np.mean([score(a[seed]) - score(b[seed]) for a, b in pairs]))
+            for seed in sorted(seeds or ())
+        }
 
     def best(self, network: str, inits: tuple[str, ...]) -> str:
         """The pre-training with the highest mean over label sets, frozen."""
 
         def mean(init: str) -> float:
-            scores = [score(run) for labels in self.label_sets
-                      for run in self.cell(network, labels, "frozen", init).values()]
+            scores = [
+                score(run)
+                for labels in self.label_sets
+                for run in self.cell(network, labels, "frozen", init).values()
+            ]
             return float(np.mean(scores)) if scores else -math.inf
 
         return max(inits, key=mean)
@@ -165,6 +182,7 @@ def score(run: FinishedRun) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- tables
+
 
 def claim_tables(runs: list[FinishedRun], folder: str | None = None) -> list[Table]:
     """The contrasts, the quality of depth, and every row; also as claim.csv where a folder is given."""
@@ -191,14 +209,24 @@ def full_table(network: str, records: list[dict]) -> Table:
     rows = []
     for record in records:
         against = record["against_none"]
-        rows.append([
-            f"{record['labels']}, {record['tuned']}",
-            record["pretraining"],
-            str(record["seeds"]),
-            record["miou"].text(),
-            against.text(sign="+") if against.seeds else "",
-            f"{record['pixel_accuracy'].mean:.1f}"])
-    header = [" ", "pre-training", "seeds", "mIoU % (95 % interval)", "against None (95 % interval)", "P.Acc %"]
+        rows.append(
+            [
+                f"{record['labels']}, {record['tuned']}",
+                record["pretraining"],
+                str(record["seeds"]),
+                record["miou"].text(),
+                against.text(sign="+") if against.seeds else "",
+                f"{record['pixel_accuracy'].mean:.1f}",
+            ]
+        )
+    header = [
+        " ",
+        "pre-training",
+        "seeds",
+        "mIoU % (95 % interval)",
+        "against None (95 % interval)",
+        "P.Acc %",
+    ]
     note = "Against None: paired over seeds; frozen rows against None, calibrated. Described, not tested."
     return Table(f"Every row: {network}", header, rows, [note])
 
@@ -211,7 +239,9 @@ def contrast_table(claim: Claim) -> Table:
         pooled = []
         for left, rights in CONTRASTS:
             right = claim.best(network, rights)
-            pooled.append(estimate(claim.differences(network, claim.label_sets, left, right).values()))
+            pooled.append(
+                estimate(claim.differences(network, claim.label_sets, left, right).values())
+            )
         corrected = holm([value.p for value in pooled])
         for (left, rights), value, p in zip(CONTRASTS, pooled, corrected):
             right = claim.best(network, rights)
@@ -222,9 +252,19 @@ def contrast_table(claim: Claim) -> Table:
                 each = estimate(claim.differences(network, [labels], left, right).values())
                 rows.append([network, name, labels, str(each.seeds), each.text(sign="+"), "", ""])
     rows = [row for row in rows if row[3] != "0"]
-    header = [" ", "contrast", "labels", "seeds", "difference in mIoU (95 % interval)", "p", "p, Holm"]
-    notes = ["Frozen encoder, decoder from random weights. Differences are paired over seeds; p of Student's t, "
-             f"two-sided, corrected over the three contrasts of {NETWORK}. Rows without p are described, not tested."]
+    header = [
+        " ",
+        "contrast",
+        "labels",
+        "seeds",
+        "difference in mIoU (95 % interval)",
+        "p",
+        "p, Holm",
+    ]
+    notes = [
+        "Frozen encoder, decoder from random weights. Differences are paired over seeds; p of Student's t, "
+        f"two-sided, corrected over the three contrasts of {NETWORK}. Rows without p are described, not tested."
+    ]
     return Table("The claim: three contrasts fixed beforehand", header, rows, notes)
 
 
@@ -247,13 +287,35 @@ def depth_table(claim: Claim) -> Table:
         groups.setdefault((network, kind), []).append(run)
     rows = []
     order = list(PRETRAININGS)
-    for (network, kind), members in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
+    for (network, kind), members in sorted(
+        groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))
+    ):
         ours = estimate([run.depth["abs_rel"] for run in members])
-        constant = np.mean([run.depth["constant_abs_rel"] for run in members])
-        rows.append([network, pretraining_label(kind), str(len(members)), ours.text(digits=3), f"{constant:.3f}"])
-    header = [" ", "pre-training", "seeds", "abs_rel (95 % interval)", "abs_rel of a constant picture"]
-    return Table("Was depth learned at all?", header, rows,
-                 ["On the LiDAR of the video itself. The constant is each pixel's median over the training frames."])
+        constant = np.mean([run.depth["constant"]["abs_rel"] for run in members])
+        rows.append(
+            [
+                network,
+                pretraining_label(kind),
+                str(len(members)),
+                ours.text(digits=3),
+                f"{constant:.3f}",
+            ]
+        )
+    header = [
+        " ",
+        "pre-training",
+        "seeds",
+        "abs_rel (95 % interval)",
+        "abs_rel of a constant picture",
+    ]
+    return Table(
+        "Was depth learned at all?",
+        header,
+        rows,
+        [
+            "On the LiDAR of the video itself. The constant is each pixel's median over the training frames."
+        ],
+    )
 
 
 def row_records(claim: Claim, network: str, labels: str, tuned: str) -> list[dict]:
@@ -263,12 +325,20 @@ def row_records(claim: Claim, network: str, labels: str, tuned: str) -> list[dic
     for init in claim.inits(network, labels, tuned):
         cell = claim.cell(network, labels, tuned, init)
         shared = sorted(cell.keys() & baseline.keys()) if cell is not baseline else []
-        records.append({
-            "network": network, "labels": labels, "tuned": tuned, "pretraining": pretraining_label(init),
-            "seeds": len(cell),
-            "miou": estimate(map(score, cell.values())),
-            "against_none": estimate(score(cell[seed]) - score(baseline[seed]) for seed in shared),
-            "pixel_accuracy": estimate(run.result["pixel_accuracy"] for run in cell.values())})
+        records.append(
+            {
+                "network": network,
+                "labels": labels,
+                "tuned": tuned,
+                "pretraining": pretraining_label(init),
+                "seeds": len(cell),
+                "miou": estimate(map(score, cell.values())),
+                "against_none": estimate(
+                    score(cell[seed]) - score(baseline[seed]) for seed in shared
+                ),
+                "pixel_accuracy": estimate(run.result["pixel_accuracy"] for run in cell.values()),
+            }
+        )
     return records
 
 

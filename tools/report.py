@@ -1,7 +1,7 @@
 """Figures of finished runs and one page with tables, figures and pictures. For tools/tables.py.
 
-    python tools/tables.py --log_dir runs/synthetic --figures     # curves.png, sizes.png, claim.png
-    python tools/tables.py --log_dir runs/synthetic --page        # index.html
+python tools/tables.py --log_dir runs/synthetic --figures     # curves.png, sizes.png, claim.png
+python tools/tables.py --log_dir runs/synthetic --page        # index.html
 """
 
 import json
@@ -25,13 +25,13 @@ CAPTIONS = {  # of pictures that run_all.sh and --figures leave beside the runs
     "sizes.png": "mIoU over the number of training images: mean and deviation over seeds (Figure 3).",
     "claim_frozen.png": "The claim, frozen encoder: a point a seed, the bar is the mean and its 95 % interval.",
     "claim_all.png": "The claim, all layers trained: a point a seed, the bar is the mean and its 95 % interval.",
-    "fig6.png": "What a shallow layer of each encoder reacts to (Figure 6, Grad-CAM).",
-    "fig6_segmentation.png": "The segmentations of the same networks (Figure 6).",
+    "fig6.png": "What a shallow layer of each encoder reacts to, and its segmentation (Figure 6, Grad-CAM).",
     "fig7.png": "Flow and depth of the same video (Figure 7).",
 }
 
 
 # ---------------------------------------------------------------------------------------------- figures
+
 
 def plotting() -> ModuleType:
     """matplotlib's pyplot, which only figures need; raises InputError without it."""
@@ -41,6 +41,7 @@ def plotting() -> ModuleType:
         raise InputError("figures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     pyplot.rc("axes", titlesize=9)
     pyplot.rc("legend", fontsize=8)
     return pyplot
@@ -81,7 +82,8 @@ def curves_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
     if not panels:
         return None
     figure, axes = pyplot.subplots(
-        len(panels), 3, squeeze=False, layout="constrained", figsize=(13, 3.6 * len(panels)))
+        len(panels), 3, squeeze=False, layout="constrained", figsize=(13, 3.6 * len(panels))
+    )
     for row, (title, lines) in zip(axes, panels.items()):
         for axis, (key, name) in zip(row, CURVES.items()):
             for label, members in lines.items():
@@ -98,8 +100,10 @@ def draw_band(axis: object, curves: list[dict[int, float]], label: str) -> None:
     if not steps:
         return
     values = np.array([[curve[step] for step in steps] for curve in curves])
-    line, = axis.plot(steps, values.mean(0), marker=".", label=f"{label} ({len(curves)})")
-    axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
+    (line,) = axis.plot(steps, values.mean(0), marker=".", label=f"{label} ({len(curves)})")
+    axis.fill_between(
+        steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12, linewidth=0
+    )
 
 
 def sizes_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
@@ -119,7 +123,9 @@ def sizes_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
         means = [np.mean(points[count]) for count in counts]
         deviations = [np.std(points[count]) for count in counts]
         axis.errorbar(counts, means, deviations, label=f"{encoder}, {label}", capsize=3)
-    axis.set(xlabel="training images", ylabel="mIoU %", xscale="log", xticks=counts, xticklabels=counts)
+    axis.set(
+        xlabel="training images", ylabel="mIoU %", xscale="log", xticks=counts, xticklabels=counts
+    )
     axis.minorticks_off()
     axis.legend()
     return figure
@@ -134,8 +140,14 @@ def claim_figure(pyplot: ModuleType, claim: Claim, tuned: str) -> object:
     columns = len(claim.label_sets)
     heights = [len(names) for names in inits.values()]
     figure, axes = pyplot.subplots(
-        len(inits), columns, squeeze=False, layout="constrained", sharey="row",
-        height_ratios=heights, figsize=(2.5 + 3.4 * columns, 1.2 + 0.32 * sum(heights)))
+        len(inits),
+        columns,
+        squeeze=False,
+        layout="constrained",
+        sharey="row",
+        height_ratios=heights,
+        figsize=(2.5 + 3.4 * columns, 1.2 + 0.32 * sum(heights)),
+    )
     for row, (network, names) in zip(axes, inits.items()):
         for axis, labels in zip(row, claim.label_sets):
             for place, init in enumerate(names):
@@ -145,9 +157,16 @@ def claim_figure(pyplot: ModuleType, claim: Claim, tuned: str) -> object:
             axis.grid(axis="x", alpha=0.3)
         row[0].set_yticks(range(len(names)), [pretraining_label(init) for init in names])
         row[0].invert_yaxis()
-    how = "Frozen encoder: only the decoder is trained" if tuned == "frozen" else "All layers are trained"
-    figure.suptitle(f"{how}, on few labels. A point is a seed, a bar the mean and its 95 % interval. "
-                    "Orange keeps the pre-trained decoder.", fontsize=10)
+    how = (
+        "Frozen encoder: only the decoder is trained"
+        if tuned == "frozen"
+        else "All layers are trained"
+    )
+    figure.suptitle(
+        f"{how}, on few labels. A point is a seed, a bar the mean and its 95 % interval. "
+        "Orange keeps the pre-trained decoder.",
+        fontsize=10,
+    )
     return figure
 
 
@@ -231,19 +250,27 @@ def write_page(runs: list[FinishedRun], tables: list[Table], log_dir: str) -> st
 
 def picture_html(path: str, caption: str) -> str:
     link = quote(path)
-    return (f'<figure><a href="{link}"><img src="{link}" loading="lazy" alt="{escape(caption)}"></a>'
-            f"<figcaption>{escape(caption)}</figcaption></figure>")
+    return (
+        f'<figure><a href="{link}"><img src="{link}" loading="lazy" alt="{escape(caption)}"></a>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
 
 
 def run_html(run: FinishedRun, folder: Path) -> str:
     """A run's scores, its last samples and its options, folded."""
-    numbers = [f"{key} {value:.4g}" for key, value in run.result.items() if isinstance(value, float)]
-    parts = [f"<details><summary>{escape(run.name)}</summary>",
-             f"<p>{escape(' · '.join(numbers))}</p>"]
+    numbers = [
+        f"{key} {value:.4g}" for key, value in run.result.items() if isinstance(value, float)
+    ]
+    parts = [
+        f"<details><summary>{escape(run.name)}</summary>",
+        f"<p>{escape(' · '.join(numbers))}</p>",
+    ]
     samples = sorted((folder / run.name / "samples").glob("*.png"))
     if samples:
         path = samples[-1].relative_to(folder).as_posix()
         columns = "image, label, prediction" if run.segments else "input and output"
-        parts.append(picture_html(path, f"Training images at step {int(samples[-1].stem)}: {columns}."))
+        parts.append(
+            picture_html(path, f"Training images at step {int(samples[-1].stem)}: {columns}.")
+        )
     parts.append(f"<pre>{escape(json.dumps(run.options, indent=1))}</pre></details>")
     return "".join(parts)

@@ -54,8 +54,10 @@ def read_job(line: str) -> Job:
         log_dir = Path(value(words, "--log_dir"))
         name = value(words, "--name")
         needs = [Path(value(words, "--init") or "none")]
-        return Job(words, name, log_dir / name / "result.json", needs, log_dir / "logs" / f"{name}.txt")
-    needs = [Path(word) for word in words[words.index("--weights") + 1:]]  # the last option
+        return Job(
+            words, name, log_dir / name / "result.json", needs, log_dir / "logs" / f"{name}.txt"
+        )
+    needs = [Path(word) for word in words[words.index("--weights") + 1 :]]  # the last option
     log_dir = needs[0].parent
     output = Path(value(words, "--output"))
     files = {"depth": output / "depth.json", "seg": output / "segmentation.json"}
@@ -123,7 +125,8 @@ class Queue:
         job.began = time.monotonic()
         with open(job.log, "w") as log:
             job.process = subprocess.Popen(
-                job.words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+                job.words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
         self.running.append(job)
 
     def finish(self, job: Job) -> None:
@@ -133,7 +136,9 @@ class Queue:
             print(f"stopped, saved: {job.name}", file=sys.stderr)
         elif code:
             lines = job.log.read_text(errors="replace").splitlines()
-            self.fail(job, f"failed with exit code {code}: {lines[-1] if lines else ''} (see {job.log})")
+            self.fail(
+                job, f"failed with exit code {code}: {lines[-1] if lines else ''} (see {job.log})"
+            )
         else:
             seconds = time.monotonic() - job.began
             spent, size = self.seconds.get(job.script, (0, 0))
@@ -163,7 +168,9 @@ class Queue:
             if job.process is not None:
                 left -= min(time.monotonic() - job.began, seconds / steps * job.size)
         minutes = max(1, round(left / min(self.at_once, len(jobs)) / 60))
-        return f", about {minutes} min left" if minutes < 120 else f", about {minutes / 60:.0f} h left"
+        return (
+            f", about {minutes} min left" if minutes < 120 else f", about {minutes / 60:.0f} h left"
+        )
 
 
 def score_of(job: Job) -> str:
@@ -177,7 +184,9 @@ def score_of(job: Job) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
     args = parser.parse_args()
     jobs = [read_job(line) for line in sys.stdin if line.strip()]

@@ -1,7 +1,7 @@
 """Finished runs as tools/tables.py reads them, and tables as text and HTML.
 
-    from tools.runs import read_runs
-    means = {run.name: run.result["miou"] for run in read_runs("runs/kitti") if run.segments}
+from tools.runs import read_runs
+means = {run.name: run.result["miou"] for run in read_runs("runs/kitti") if run.segments}
 """
 
 import json
@@ -59,7 +59,9 @@ class FinishedRun:
 
     def points(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of what was logged under a key."""
-        return [(record["step"], record[key]) for record in self.curve if record.get(key) is not None]
+        return [
+            (record["step"], record[key]) for record in self.curve if record.get(key) is not None
+        ]
 
 
 def read_json(path: Path) -> dict:
@@ -74,13 +76,16 @@ def read_runs(log_dir: str) -> list[FinishedRun]:
         try:
             log = folder / "log.jsonl"
             lines = log.read_text().splitlines() if log.is_file() else []
-            runs.append(FinishedRun(
-                folder.name,
-                read_json(folder / "args.json")["options"],
-                read_json(path),
-                [json.loads(line) for line in lines],
-                read_json(folder / "train" / "segmentation.json"),
-                read_json(folder / "depth.json")))
+            runs.append(
+                FinishedRun(
+                    folder.name,
+                    read_json(folder / "args.json")["options"],
+                    read_json(path),
+                    [json.loads(line) for line in lines],
+                    read_json(folder / "train" / "segmentation.json"),
+                    read_json(folder / "depth.json"),
+                )
+            )
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{folder}: args.json, result.json or log.jsonl is damaged") from None
     if not runs:
@@ -107,7 +112,9 @@ def size_of(run: FinishedRun) -> str:
 
 def schedule_of(run: FinishedRun) -> str:
     options = run.options
-    return f"{options['steps']} steps of batch {options['batch_size']} at {options['learning_rate']:g}"
+    return (
+        f"{options['steps']} steps of batch {options['batch_size']} at {options['learning_rate']:g}"
+    )
 
 
 def shared_facts(runs: list[FinishedRun], everything: list[FinishedRun]) -> str:
@@ -119,8 +126,12 @@ def shared_facts(runs: list[FinishedRun], everything: list[FinishedRun]) -> str:
         ("", {network_of(run) for run in runs}),
         ("", {size_of(run) for run in runs}),
         ("", {schedule_of(run) for run in runs}),
-        ("scored on ", {f"{run.result['images']} images" for run in runs if "images" in run.result}),
-        ("pre-trained for ", {f"{schedule_of(run)}, {size_of(run)}" for run in sources})]
+        (
+            "scored on ",
+            {f"{run.result['images']} images" for run in runs if "images" in run.result},
+        ),
+        ("pre-trained for ", {f"{schedule_of(run)}, {size_of(run)}" for run in sources}),
+    ]
     return "; ".join(what + min(values) for what, values in facts if len(values) == 1)
 
 
@@ -141,7 +152,9 @@ def setting_of(run: FinishedRun) -> str:
     tuned = ["frozen" if options["freeze_encoder"] else "all"]
     tuned += [flag for flag in RELEASE_OPTIONS if options.get(flag)]
     images = f"{options['train_size'] or 'all'} images"
-    return ", ".join([options["data"], network_of(run), *tuned, images, size_of(run), schedule_of(run)])
+    return ", ".join(
+        [options["data"], network_of(run), *tuned, images, size_of(run), schedule_of(run)]
+    )
 
 
 def label_of(run: FinishedRun) -> str:
@@ -149,12 +162,19 @@ def label_of(run: FinishedRun) -> str:
     named = re.match(r"(?:\w+_)?seg_([^_]+)_", run.name)
     if named and is_named(run.name):
         return pretraining_label(named[1])
-    encoder_only = run.options.get("init_parts") == "encoder" and run.options["init"] not in ("none", "imagenet")
+    encoder_only = run.options.get("init_parts") == "encoder" and run.options["init"] not in (
+        "none",
+        "imagenet",
+    )
     return run.result["pretraining"] + (", encoder only" if encoder_only else "")
 
 
 def mean_of(cell: dict[int, FinishedRun], key: str = "miou") -> float:
-    return float(np.mean([run.result.get(key, math.nan) for run in cell.values()])) if cell else math.nan
+    return (
+        float(np.mean([run.result.get(key, math.nan) for run in cell.values()]))
+        if cell
+        else math.nan
+    )
 
 
 def mean_deviation(cell: dict[int, FinishedRun], key: str) -> str:
@@ -167,6 +187,7 @@ def mean_deviation(cell: dict[int, FinishedRun], key: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- tables
+
 
 @dataclass
 class Table:
@@ -207,7 +228,9 @@ class Table:
         for row in self.rows:
             if row[0] != group:
                 group = row[0]
-                parts.append(f'<tr><th class="group" colspan="{len(row) - 1}">{escape(group)}</th></tr>')
+                parts.append(
+                    f'<tr><th class="group" colspan="{len(row) - 1}">{escape(group)}</th></tr>'
+                )
             parts.append("<tr>")
             for name, cell in zip(self.header[1:], row[1:]):
                 parts.append(f'<td data-name="{escape(name)}">{escape(cell)}</td>')

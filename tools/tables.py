@@ -215,7 +215,7 @@ def read_layouts(text: str) -> list[Layout]:
         key, title = re.fullmatch(r"\[(\w+)\] (.+)", first).groups()
         columns = dict(line[2:].split(": ", 1) for line in lines if line.startswith("= "))
         rows = []
-        for line in lines[len(columns):]:
+        for line in lines[len(columns) :]:
             init, label, *cells = re.split(r"  +", line)
             cells += ["-"] * (len(columns) - len(cells))
             rows.append((init, label, cells))
@@ -223,7 +223,9 @@ def read_layouts(text: str) -> list[Layout]:
     return layouts
 
 
-def find_cell(stems: dict[str, list[FinishedRun]], pattern: str, init: str) -> dict[int, FinishedRun]:
+def find_cell(
+    stems: dict[str, list[FinishedRun]], pattern: str, init: str
+) -> dict[int, FinishedRun]:
     """The runs of a cell by their seed. "train:" takes the scores on the training images."""
     name = pattern.removeprefix("train:").replace("{}", init)
     cell = {}
@@ -236,7 +238,9 @@ def find_cell(stems: dict[str, list[FinishedRun]], pattern: str, init: str) -> d
     return cell
 
 
-def gain(cell: dict[int, FinishedRun], baseline: dict[int, FinishedRun], key: str = "miou") -> float:
+def gain(
+    cell: dict[int, FinishedRun], baseline: dict[int, FinishedRun], key: str = "miou"
+) -> float:
     """Mean difference over the seeds that both have; nan without one."""
     shared = cell.keys() & baseline.keys()
     if not shared:
@@ -252,7 +256,9 @@ def signed(value: float, digits: int = 1) -> str:
     return "" if math.isnan(value) else f"{value:+.{digits}f}"
 
 
-def cells_of(layout: Layout, stems: dict[str, list[FinishedRun]]) -> dict[tuple[str, str], dict[int, FinishedRun]]:
+def cells_of(
+    layout: Layout, stems: dict[str, list[FinishedRun]]
+) -> dict[tuple[str, str], dict[int, FinishedRun]]:
     """The runs of each (column, pre-training); a column "best" repeats the best of the others."""
     cells = {}
     for init, _, _ in layout.rows:
@@ -302,26 +308,38 @@ def paper_table(layout: Layout, runs: list[FinishedRun], gaps: bool) -> Table | 
     return table
 
 
-def table_notes(layout: Layout, members: list[FinishedRun], runs: list[FinishedRun], released: bool) -> list[str]:
+def table_notes(
+    layout: Layout, members: list[FinishedRun], runs: list[FinishedRun], released: bool
+) -> list[str]:
     """The options once for all, and which score is which."""
     notes = [shared_facts(members, runs)] if members else []
     if released:
-        notes.append("mIoU: 19 classes, from one confusion matrix of all images. Release's score: 7 classes, mean over "
-                     "images; the paper's mIoU in brackets is of that kind.")
+        notes.append(
+            "mIoU: 19 classes, from one confusion matrix of all images. Release's score: 7 classes, mean over "
+            "images; the paper's mIoU in brackets is of that kind."
+        )
     if any("frozen" in pattern for pattern in layout.columns.values()):
-        notes.append("Against None: mean difference over shared seeds; frozen rows against None, calibrated.")
+        notes.append(
+            "Against None: mean difference over shared seeds; frozen rows against None, calibrated."
+        )
     data = {run.options["data"] for run in members}
     if layout.key != "core" and "synthetic" in data:
-        notes.append("These runs are on the synthetic street; the brackets are the paper's, on its own data.")
+        notes.append(
+            "These runs are on the synthetic street; the brackets are the paper's, on its own data."
+        )
     return notes
 
 
 def claims(cells: dict[tuple[str, str], dict[int, FinishedRun]]) -> list[str]:
     """Two claims of the text, computed from Table 1's cells."""
 
-    def difference(left: dict[int, FinishedRun], right: dict[int, FinishedRun]) -> tuple[float, ...]:
-        return tuple(mean_of(left, key) - mean_of(right, key)
-                     for key in ("miou", "release_miou", "pixel_accuracy"))
+    def difference(
+        left: dict[int, FinishedRun], right: dict[int, FinishedRun]
+    ) -> tuple[float, ...]:
+        return tuple(
+            mean_of(left, key) - mean_of(right, key)
+            for key in ("miou", "release_miou", "pixel_accuracy")
+        )
 
     def sentence(name: str, values: tuple[float, ...], paper: str) -> list[str]:
         miou, release, accuracy = values
@@ -331,15 +349,24 @@ def claims(cells: dict[tuple[str, str], dict[int, FinishedRun]]) -> list[str]:
         return [f"{name}: mIoU {miou:+.2f}{released}, P.Acc {accuracy:+.2f} [{paper}]."]
 
     best = difference(cells["ResNet50", "depth"], cells["DeepLabV3", "imagenet"])
-    lines = sentence("Best practice (Depth, ResNet50) against common practice (ImageNet, DeepLabV3)",
-                     best, "+7.53 / +4.68")
-    columns = [column for column, init in cells if init == "depth"
-               and cells[column, "depth"] and cells[column, "imagenet"]]
+    lines = sentence(
+        "Best practice (Depth, ResNet50) against common practice (ImageNet, DeepLabV3)",
+        best,
+        "+7.53 / +4.68",
+    )
+    columns = [
+        column
+        for column, init in cells
+        if init == "depth" and cells[column, "depth"] and cells[column, "imagenet"]
+    ]
     if columns:
         each = [difference(cells[column, "depth"], cells[column, "imagenet"]) for column in columns]
         mean = tuple(np.mean(each, 0).tolist())
-        lines += sentence(f"Depth against ImageNet, mean of {', '.join(columns)}", mean,
-                          "+5.8 / +5.2; the paper's own cells give +6.2 / +4.3")
+        lines += sentence(
+            f"Depth against ImageNet, mean of {', '.join(columns)}",
+            mean,
+            "+5.8 / +5.2; the paper's own cells give +6.2 / +4.3",
+        )
     return lines
 
 
@@ -350,7 +377,9 @@ def steps_table(runs: list[FinishedRun]) -> Table | None:
     rows = []
     for encoder in ("resnet18", "resnet50"):
         pattern = f"seg_{{}}_{encoder}_unet_all_n16"
-        goals = {seed: run.result["miou"] for seed, run in find_cell(stems, pattern, "imagenet").items()}
+        goals = {
+            seed: run.result["miou"] for seed, run in find_cell(stems, pattern, "imagenet").items()
+        }
         for init in ("none", "imagenet", "depthrand", "depth"):
             cell = find_cell(stems, pattern, init)
             compared = [run for seed, run in cell.items() if seed in goals]
@@ -360,19 +389,30 @@ def steps_table(runs: list[FinishedRun]) -> Table | None:
             steps = [step for step in reached if step is not None]
             text = f"{np.mean(steps):.0f}" if steps else "–"
             losses = [run.points("loss")[-1][1] for run in compared if run.points("loss")]
-            rows.append([
-                encoder,
-                pretraining_label(init),
-                str(len(compared)),
-                with_paper(text, papers.get(init, "-")),
-                str(len(reached) - len(steps)),
-                f"{np.mean(losses):.3f}" if losses else "–",
-                mean_deviation(cell, "miou"),
-                mean_deviation(cell, "pixel_accuracy")])
+            rows.append(
+                [
+                    encoder,
+                    pretraining_label(init),
+                    str(len(compared)),
+                    with_paper(text, papers.get(init, "-")),
+                    str(len(reached) - len(steps)),
+                    f"{np.mean(losses):.3f}" if losses else "–",
+                    mean_deviation(cell, "miou"),
+                    mean_deviation(cell, "pixel_accuracy"),
+                ]
+            )
     if not rows:
         return None
-    header = [" ", "pre-training", "seeds", "steps to ImageNet's final mIoU [paper]", "never there", "last loss",
-              "mIoU %", "P.Acc %"]
+    header = [
+        " ",
+        "pre-training",
+        "seeds",
+        "steps to ImageNet's final mIoU [paper]",
+        "never there",
+        "last loss",
+        "mIoU %",
+        "P.Acc %",
+    ]
     return Table("Figure 2: how fast each start learns", header, rows)
 
 
@@ -387,8 +427,16 @@ def other_runs(runs: list[FinishedRun]) -> Table | None:
         if run.segments and not is_named(run.name):
             setting, label = setting_of(run), label_of(run)
             groups.setdefault((setting, label), {})[run.name] = run
-    rows = [[setting, label, str(len(cell)), mean_deviation(cell, "miou"), mean_deviation(cell, "pixel_accuracy")]
-            for (setting, label), cell in sorted(groups.items())]
+    rows = [
+        [
+            setting,
+            label,
+            str(len(cell)),
+            mean_deviation(cell, "miou"),
+            mean_deviation(cell, "pixel_accuracy"),
+        ]
+        for (setting, label), cell in sorted(groups.items())
+    ]
     if not rows:
         return None
     return Table("Other runs", [" ", "pre-training", "runs", "mIoU %", "P.Acc %"], rows)
@@ -433,13 +481,24 @@ def write_runs(runs: list[FinishedRun], path: str) -> None:
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log_dir", default="runs", help="folder of run folders")
-    parser.add_argument("--tables", nargs="+", metavar="NAME", default=NAMES,
-                        help=f"only these of {', '.join(NAMES)}; names without a table are passed over")
+    parser.add_argument(
+        "--tables",
+        nargs="+",
+        metavar="NAME",
+        default=NAMES,
+        help=f"only these of {', '.join(NAMES)}; names without a table are passed over",
+    )
     parser.add_argument("--all", action="store_true", help="show missing rows and tables as well")
-    parser.add_argument("--figures", action="store_true",
-                        help="draw curves, sizes and the claim as PNG (needs matplotlib)")
-    parser.add_argument("--page", action="store_true",
-                        help="write index.html, with figures where matplotlib is installed")
+    parser.add_argument(
+        "--figures",
+        action="store_true",
+        help="draw curves, sizes and the claim as PNG (needs matplotlib)",
+    )
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="write index.html, with figures where matplotlib is installed",
+    )
     return parser.parse_args(argv)
 
 
@@ -449,7 +508,9 @@ def main() -> int:
     tables = make_tables(runs, args.tables, args.log_dir, args.all)
     text = "\n\n\n".join(table.text() for table in tables)
     print(text)
-    write_atomically(os.path.join(args.log_dir, "tables.md"), lambda file: file.write(f"{text}\n".encode()))
+    write_atomically(
+        os.path.join(args.log_dir, "tables.md"), lambda file: file.write(f"{text}\n".encode())
+    )
     write_runs(runs, os.path.join(args.log_dir, "tables.csv"))
     draws = args.page and importlib.util.find_spec("matplotlib") is not None
     if args.figures or draws:

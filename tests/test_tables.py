@@ -1,0 +1,395 @@
+"""tools/tables.py: every number stands where it belongs, and the claim's statistics are the textbook's.
+
+python -m pytest -q tests/test_tables.py
+"""
+
+import csv
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import assert_one_line, call
+from PIL import Image
+
+from tools import claim, tables
+from tools.runs import read_runs
+
+
+def write_run(
+    log_dir: Path, name: str, miou: float, release: float | None = None, **changed: object
+) -> Path:
+    """A finished fine-tuning as far as tables read it; its pixel accuracy is 30 above its mIoU."""
+    folder = log_dir / name
+    (folder / "samples").mkdir(parents=True)
+    seed = int(re.search(r"_seed(\d+)$", name)[1]) if "_seed" in name else 0
+    options = {
+        "data": "kitti",
+        "encoder": "resnet18",
+        "arch": "unet",
+        "train_size": 16,
+        "freeze_encoder": "_frozen_" in name,
+        "steps": 100,
+        "batch_size": 4,
+        "learning_rate": 1e-4,
+        "height": 64,
+        "width": 96,
+        "init": "none",
+        "init_parts": "all",
+        "seed": seed,
+        **changed,
+    }
+    result = {
+        "miou": miou,
+        "pixel_accuracy": miou + 30,
+        "cross_entropy": 1.0,
+        "images": 72,
+        "pretraining": "None",
+    }
+    if release is not None:
+        result["release_miou"] = release
+    curve = [(0, 1.0), (25, 0.5 * miou), (50, 0.9 * miou), (100, miou)]
+    records = [{"step": step, "miou": value, "pixel_accuracy": value + 30} for step, value in curve]
+    records += [{"step": 50, "loss": 2.0}, {"step": 100, "loss": 0.5}]
+    (folder / "args.json").write_text(json.dumps({"options": options}))
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    Image.new("RGB", (600, 80)).save(folder / "samples" / "000100.png")
+    return folder
+
+
+def row_of(text: str, title: str, *cells: str) -> list[str]:
+    """The cells of the first row of a table that begins with the given ones, group included."""
+    section = text[text.index(f"## {title}") :].split("\n## ")[1 if text.startswith("\n## ") else 0]
+    group = ""
+    for line in section.splitlines():
+        if line.startswith("| ") and "---" not in line:
+            row = [cell.strip() for cell in line.strip("|").split("|")]
+            group = row[0] = row[0] or group
+            if row[: len(cells)] == list(cells):
+                return row
+    raise AssertionError(f"{title} has no row {cells}:\n{section}")
+
+
+def make_tables(log_dir: Path, *options: str) -> str:
+    return call(tables, "--log_dir", log_dir, *options, expect=0).out
+
+
+@pytest.fixture
+def table1(tmp_path) -> Path:
+    """Every cell of Table 1 with a number of its own, three seeds, and the release's score 3 above."""
+    number = 20.0
+    for encoder, arch, tuned in (
+        ("resnet18", "unet", "all"),
+        ("resnet50", "unet", "all"),
+        ("resnet50", "deeplabv3", "all"),
+        ("resnet18", "unet", "frozen"),
+        ("resnet50", "unet", "frozen"),
+    ):
+        for init in ("none", "calibrated", "imagenet", "depthrand", "depth"):
+            if init == "calibrated" and tuned == "all":
+                continue
+            number += 1
+            for seed, more in ((0, -0.5), (1, 0.0), (2, 0.5)):
+                name = f"seg_{init}_{encoder}_{arch}_{tuned}_n16_seed{seed}"
+                write_run(
+                    tmp_path, name, number + more, number + more + 3, encoder=encoder, arch=arch
+                )
+    return tmp_path
+
+
+def test_table_1(table1):
+    text = make_tables(table1, "--tables", "table1")
+    title = "Table 1: KITTI, 16 training images"
+    expected = {  # the order in which the numbers were given out, and the paper's
+        ("ResNet18", "None"): (21.0, "", "41.35", "70.75"),
+        ("ResNet18", "Depth"): (24.0, "+3.0", "50.20", "76.39"),
+        ("ResNet50", "ImageNet"): (26.0, "+1.0", "44.65", "73.06"),
+        ("DeepLabV3", "Depth-Rand"): (31.0, "+2.0", "43.43", "71.34"),
+        ("ResNet18, frozen", "None"): (33.0, "-1.0", "41.24", "70.52"),
+        ("ResNet18, frozen", "Depth"): (37.0, "+3.0", "46.53", "74.42"),  # against None, calibrated
+        ("ResNet50, frozen", "Depth"): (42.0, "+3.0", "46.55", "74.48"),
+    }
+    for (column, label), (miou, gain, paper, accuracy) in expected.items():
+        assert row_of(text, title, column, label) == [
+            column,
+            label,
+            "3",
+            f"{miou:.1f} ± 0.5",
+            gain,
+            f"{miou + 3:.1f} ± 0.5 [{paper}]",
+            f"{miou + 30:.1f} ± 0.5 [{accuracy}]",
+        ]
+    assert row_of(text, title, "ResNet18, frozen", "None, calibrated")[3:] == [
+        "34.0 ± 0.5",
+        "",
+        "37.0 ± 0.5",
+        "64.0 ± 0.5",
+    ]
+    assert "release's score % [paper]" in text and "7 classes, mean over images" in text
+    assert "–" not in text  # no gaps
+    assert text.count("96x64; 100 steps of batch 4 at 0.0001; scored on 72 images") == 1
+
+
+def test_claims_of_the_text(table1):
+    text = make_tables(table1, "--tables", "table1")
+    assert (
+        "common practice (ImageNet, DeepLabV3): mIoU -2.00 (release's score -2.00), P.Acc -2.00 "
+        "[+7.53 / +4.68]"
+    ) in text
+    # Depth - ImageNet is 2 in each of the five columns
+    assert "mIoU +2.00 (release's score +2.00), P.Acc +2.00 [+5.8 / +5.2" in text
+    layout = next(layout for layout in tables.LAYOUTS if layout.key == "table1")
+    cells = {
+        (column, init): paper
+        for init, _, papers in layout.rows
+        for column, paper in zip(layout.columns, papers)
+    }
+
+    def paper(column: str, init: str) -> np.ndarray:
+        return np.array(list(map(float, cells[column, init].split("/"))))
+
+    best = paper("ResNet50", "depth") - paper("DeepLabV3", "imagenet")
+    assert np.allclose(best, (7.53, 4.68))
+    gains = [
+        paper(column, "depth") - paper(column, "imagenet") for column in list(layout.columns)[:4]
+    ]
+    assert np.allclose(np.mean(gains, 0), (6.2, 4.3), atol=0.05)  # not the text's 5.8 and 5.2
+
+
+def test_figure_2_steps(table1):
+    """ImageNet ends at 22 (ResNet18): None never gets there, the others do at the last of their steps."""
+    text = make_tables(table1, "--tables", "fig2")
+    title = "Figure 2: how fast each start learns"
+    assert row_of(text, title, "resnet18", "None")[2:6] == ["3", "–", "3", "0.500"]
+    assert row_of(text, title, "resnet18", "ImageNet")[2:5] == ["3", "100 [15000-20000]", "0"]
+    assert row_of(text, title, "resnet18", "Depth")[2:5] == ["3", "100 [5000]", "0"]
+
+
+def test_tables_without_runs_are_not_shown(tmp_path):
+    write_run(tmp_path, "seg_none_resnet18_unet_all_n8_seed0", 40.0)
+    write_run(tmp_path, "my_own_try", 41.0)
+    text = make_tables(tmp_path)
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Figure 3: number of training images, ResNet18",
+        "## Other runs",
+    ]
+    assert row_of(text, "Figure 3: number of training images, ResNet18", "8 images", "None")[
+        2:4
+    ] == ["1", "40.0"]
+    assert row_of(text, "Other runs")[1:4] == ["pre-training", "runs", "mIoU %"]
+    everything = make_tables(tmp_path, "--all")
+    assert everything.count("## ") >= len(tables.LAYOUTS) and "–" in everything
+    assert row_of(everything, "Table 5", "full, training", "Depth-cropped")[3] == "– [86.80]"
+    with open(tmp_path / "tables.csv") as file:
+        assert [row["miou"] for row in csv.DictReader(file)] == ["41.0", "40.0"]
+
+
+def test_training_scores_and_the_best_of_a_grid(tmp_path):
+    name = "cityscapes_seg_depth_resnet50_deeplabv3_all_nall_full_seed0"
+    folder = write_run(
+        tmp_path, name, 60.0, encoder="resnet50", arch="deeplabv3", data="cityscapes"
+    )
+    (folder / "train").mkdir()
+    (folder / "train" / "segmentation.json").write_text(
+        json.dumps({"miou": 70.0, "pixel_accuracy": 90.0})
+    )
+    for rate, miou in (("", 20.0), ("_lr1e-5", 10.0), ("_lr1e-3", 25.0)):
+        write_run(tmp_path, f"seg_depth_resnet18_unet_frozen_n16{rate}_seed0", miou)
+    text = make_tables(tmp_path)
+    assert row_of(text, "Table 5", "full, training", "Depth")[3] == "70.0 [83.46]"
+    assert row_of(text, "Table 5", "full, validation", "Depth")[3] == "60.0 [73.17]"
+    assert row_of(text, "Figure 4: frozen ResNet18", "best", "Depth")[3] == "25.0 [46.53]"
+    assert row_of(text, "Figure 4: frozen ResNet18", "1e-5", "Depth")[3] == "10.0"
+
+
+def test_damaged_and_empty_folders(tmp_path):
+    assert_one_line(call(tables, "--log_dir", tmp_path), str(tmp_path), "no finished run")
+    folder = write_run(tmp_path, "seg_none_resnet18_unet_all_n16_seed0", 40.0)
+    (folder / "result.json").write_text("{")
+    assert_one_line(call(tables, "--log_dir", tmp_path), str(folder), "damaged")
+
+
+# ------------------------------------------------------------------------------------ the claim
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 10, 29])
+def test_student_s_t(freedom):
+    for t in (0.0, 0.1, 1.0, 2.5, 12.0):
+        assert claim.student_p(t, freedom) == pytest.approx(
+            2 * scipy.stats.t.sf(t, freedom), rel=1e-7, abs=1e-12
+        )
+    assert claim.student_quantile(freedom) == pytest.approx(
+        scipy.stats.t.ppf(0.975, freedom), rel=1e-9
+    )
+
+
+def test_estimate_is_scipy_s():
+    values = np.random.default_rng(0).normal(1, 2, 5)
+    ours = claim.estimate(values)
+    theirs = scipy.stats.ttest_1samp(values, 0)
+    interval = theirs.confidence_interval(0.95)
+    assert ours.mean == pytest.approx(values.mean()) and ours.p == pytest.approx(theirs.pvalue)
+    assert (ours.mean - ours.half, ours.mean + ours.half) == pytest.approx(
+        (interval.low, interval.high)
+    )
+    assert np.isnan(claim.estimate([1.0]).half) and claim.estimate([]).seeds == 0
+
+
+def test_holm():
+    assert claim.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert claim.holm([0.5, 0.6, 0.02]) == pytest.approx([1.0, 1.0, 0.06])
+    assert claim.holm([float("nan"), 0.02, 0.01]) == pytest.approx(
+        [np.nan, 0.04, 0.03], nan_ok=True
+    )
+
+
+LABEL_SETS = {
+    "KITTI, 16 images": ("kitti", 16),
+    "CamVid, 16 images": ("camvid", 16),
+    "CamVid, 64 images": ("camvid", 64),
+}
+
+
+@pytest.fixture
+def claim_runs(tmp_path) -> tuple[Path, dict]:
+    """Frozen scores on three label sets, of known differences: the mean of each row, label set and seed."""
+    base = {
+        "calibrated": 20.0,
+        "shuffled-encoder": 21.0,
+        "lidar-encoder": 24.0,
+        "flow-encoder": 22.0,
+        "depthrand-encoder": 26.0,
+        "imagenet": 30.0,
+        "depth-encoder": 29.0,
+    }
+    noise = np.random.default_rng(0).normal(0, 1, (len(base), 3, 4))
+    scores = {}
+    for row, (init, mean) in enumerate(base.items()):
+        for column, (labels, (data, images)) in enumerate(LABEL_SETS.items()):
+            for seed in range(4):
+                score = mean + 5 * column + noise[row, column, seed]
+                scores[init, labels, seed] = score
+                name = f"{data}_seg_{init}_efficientnet_lite0_unet_frozen_n{images}_seed{seed}"
+                write_run(
+                    tmp_path,
+                    name,
+                    score,
+                    train_size=images,
+                    data=data,
+                    encoder="efficientnet_lite0",
+                )
+    lidar = write_run(tmp_path, "lidar_efficientnet_lite0_seed0", 0.0)
+    (lidar / "result.json").write_text(json.dumps({"abs_rel": 0.5}))
+    depth = {"abs_rel": 0.123, "constant": {"abs_rel": 0.456}}
+    (lidar / "depth.json").write_text(json.dumps(depth))
+    return tmp_path, scores
+
+
+def test_the_claim_s_contrasts(claim_runs):
+    folder, scores = claim_runs
+    text = make_tables(folder)
+    pairs = {
+        "LiDAR - LiDAR shuffled": ("lidar-encoder", "shuffled-encoder"),
+        "Depth-Rand - Flow (the best baseline)": ("depthrand-encoder", "flow-encoder"),
+        "Depth - ImageNet": ("depth-encoder", "imagenet"),
+    }
+    tests = {}
+    for name, (left, right) in pairs.items():
+        differences = [
+            np.mean(
+                [scores[left, labels, seed] - scores[right, labels, seed] for labels in LABEL_SETS]
+            )
+            for seed in range(4)
+        ]
+        tests[name] = scipy.stats.ttest_1samp(differences, 0)
+    corrected = claim.holm([test.pvalue for test in tests.values()])
+    for (name, test), p in zip(tests.items(), corrected):
+        row = row_of(text, "The claim", "efficientnet_lite0", name, "mean of 3 label sets")
+        interval = test.confidence_interval(0.95)
+        left, right = pairs[name]
+        mean = np.mean(
+            [
+                scores[left, labels, seed] - scores[right, labels, seed]
+                for labels in LABEL_SETS
+                for seed in range(4)
+            ]
+        )
+        assert row[3:5] == ["4", f"{mean:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"]
+        assert row[5:] == [claim.p_text(test.pvalue), claim.p_text(p)]
+        each = row_of(text, "The claim", "efficientnet_lite0", name, "CamVid, 64 images")
+        assert each[5:] == ["", ""]  # described, not tested
+
+
+def test_the_claim_s_rows(claim_runs):
+    folder, scores = claim_runs
+    text = make_tables(folder)
+    values = [scores["depth-encoder", "KITTI, 16 images", seed] for seed in range(4)]
+    against = [
+        scores["depth-encoder", "KITTI, 16 images", seed]
+        - scores["calibrated", "KITTI, 16 images", seed]
+        for seed in range(4)
+    ]
+    title = "Every row: efficientnet_lite0"
+    row = row_of(text, title, "KITTI, 16 images, frozen", "Depth, encoder only")
+    assert row[2:5] == ["4", claim.estimate(values).text(), claim.estimate(against).text(sign="+")]
+    assert row_of(text, "Was depth learned", "efficientnet_lite0", "LiDAR")[2:] == [
+        "1",
+        "0.123",
+        "0.456",
+    ]
+    with open(folder / "claim.csv") as file:
+        records = {
+            (record["labels"], record["pretraining"]): record for record in csv.DictReader(file)
+        }
+    record = records["KITTI, 16 images", "Depth, encoder only"]
+    assert float(record["miou"]) == pytest.approx(np.mean(values))
+    assert float(record["miou_high"]) - float(record["miou"]) == pytest.approx(
+        claim.estimate(values).half
+    )
+
+
+def test_an_interrupted_night_has_its_seeds(claim_runs):
+    """A seed that lacks a label set leaves the tested contrast, not the described ones."""
+    folder, _ = claim_runs
+    shutil.rmtree(folder / "camvid_seg_depth-encoder_efficientnet_lite0_unet_frozen_n64_seed3")
+    text = make_tables(folder)
+    row = ("The claim", "efficientnet_lite0", "Depth - ImageNet")
+    assert row_of(text, *row, "mean of 3 label sets")[3] == "3"
+    assert row_of(text, *row, "KITTI, 16 images")[3] == "4"
+
+
+# ------------------------------------------------------------------------------------ figures and the page
+
+
+def test_figures_and_page(table1, claim_runs):
+    for n, miou in ((8, 30.0), (32, 40.0)):
+        for init in ("none", "depth"):
+            write_run(table1, f"seg_{init}_resnet18_unet_all_n{n}_seed0", miou, train_size=n)
+    Image.new("RGB", (900, 200)).save(table1 / "street.png")
+    out = make_tables(table1, "--tables", "table1", "--page")
+    folder = claim_runs[0]
+    assert folder == table1  # one tmp_path: the claim's figures
+    assert "claim_frozen.png" in out and f"report page: {table1}/index.html" in out
+    page = (table1 / "index.html").read_text()
+    assert 'src="street.png"' in page and 'src="claim_frozen.png"' in page
+    assert "samples/000100.png" in page and "50.20" in page
+    for name in re.findall(r'src="([^"]+)"', page):
+        assert (table1 / name).is_file(), name
+
+
+def test_curves(table1):
+    out = make_tables(table1, "--figures")
+    assert "curves.png" in out and Image.open(table1 / "curves.png").size[0] > 1000
+    assert not (table1 / "sizes.png").exists()  # one number of images is no curve
+    panels = {run.options["encoder"] for run in read_runs(str(table1))}
+    assert panels == {"resnet18", "resnet50"}
+
+
+def test_figures_without_matplotlib(table1, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert_one_line(call(tables, "--log_dir", table1, "--figures"), "pip install matplotlib")
