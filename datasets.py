@@ -130,9 +130,9 @@ class Clips(Samples):
         self.leave_out(len(whole) - len(kept), f"without {depth}")
         return kept
 
-    def leave_out(self, count: int, why: str) -> None:
+    def leave_out(self, count: int, why: str, targets: bool = True) -> None:
         if count:
-            self.dropped_count += count
+            self.dropped_count += count if targets else 0
             separator = ", " if self.dropped else ""
             self.dropped += f"{separator}{count} {why}"
 
@@ -656,7 +656,7 @@ STEREO_WORDS = (("left", "right"), ("cam0", "cam1"), ("image_02", "image_03"))
 JITTER = 0.4  # of the usual step, by which a frame may be early or late
 
 
-def folders_below(root: str, levels: int = 2) -> list[str]:
+def folders_below(root: str, levels: int = 4) -> list[str]:
     """The root and folders below it where images may be, each once, whatever the links."""
     found = []
     known = set()
@@ -673,7 +673,8 @@ def folders_below(root: str, levels: int = 2) -> list[str]:
                 continue  # which names the images in folders below
             for name in list_folder(folder):
                 inner = os.path.join(folder, name)
-                if name != "depth" and name[0] != "." and os.path.isdir(inner):
+                is_image = name.lower().endswith(IMAGE_EXTENSIONS)
+                if not is_image and name != "depth" and name[0] != "." and os.path.isdir(inner):
                     following.append(inner)
         level = following
     return found
@@ -762,7 +763,8 @@ class Frames(Clips):
             if kind == min(kinds):
                 kept.append(sequence)
             else:  # ids or depth beside pictures
-                self.leave_out(len(sequence.paths), f"of one channel ({sequence.label})")
+                why = f"of one channel ({sequence.label})"
+                self.leave_out(len(sequence.paths), why, targets=False)
         return kept
 
     def parts(self, sequence: Sequence) -> list[str]:

@@ -18,7 +18,7 @@ from utils import IGNORE
 SSIM_WEIGHT = 0.85  # photometric error = 0.85 SSIM + 0.15 L1
 C1 = 0.01**2  # SSIM's constants, for images in [0, 1]
 C2 = 0.03**2
-
+BORDER = 1 + 1e-5  # rounding must not decide whether the first row, which stereo never moves, is seen
 Results = tuple[dict[str, Tensor], dict]  # terms and views
 
 
@@ -134,7 +134,7 @@ def sample(image: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
     x, y = pixels.unbind(3)
     x = x * (2 / (width - 1)) - 1  # from -1 at the first pixel's centre to 1 at the last one's
     y = y * (2 / (height - 1)) - 1
-    inside = (x.abs() <= 1) & (y.abs() <= 1)
+    inside = (x.abs() <= BORDER) & (y.abs() <= BORDER)
     grid = torch.stack([x, y], 3)
     samples = F.grid_sample(image, grid, "bilinear", "border", align_corners=True)
     return samples, inside[:, None]

@@ -37,10 +37,10 @@ def colour_depth(depth: Tensor, near: float | None = None,
     The range is near to far; by default each image's 2nd to 98th percentile.
     """
     inverse = 1 / depth[:, 0].clamp(min=1e-6)  # (B, H, W)
-    ordered = inverse.flatten(1).sort(1).values
-    last = ordered.shape[1] - 1
-    low = ordered[:, int(0.02 * last)].view(-1, 1, 1)
-    high = ordered[:, int(0.98 * last)].view(-1, 1, 1)
+    shares = inverse.new_tensor([0.02, 0.98])
+    low, high = inverse.flatten(1).quantile(shares, dim=1)  # (B,)
+    low = low[:, None, None]
+    high = high[:, None, None]
     if near is not None:
         low = torch.full_like(low, 1 / far)
         high = torch.full_like(high, 1 / near)
@@ -52,7 +52,8 @@ def colour_labels(label: Tensor, colours: tuple) -> Tensor:
     """Train ids (B, H, W) as colours (B, 3, H, W); ignored pixels black."""
     table = torch.zeros(256, 3)
     table[:len(colours)] = torch.tensor(colours) / 255
-    return table.to(label.device)[label.long()].permute(0, 3, 1, 2)
+    coloured = table.to(label.device)[label.long()]
+    return coloured.permute(0, 3, 1, 2)
 
 
 def colour_flow(flow: Tensor) -> Tensor:
@@ -63,8 +64,9 @@ def colour_flow(flow: Tensor) -> Tensor:
 
 def to_picture(image: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] as a Pillow image."""
-    values = (image.clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
+    values = 255 * image.clamp(0, 1)
+    values = values.round().byte().cpu()
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
 def picture_grid(rows: list[list], columns: list[str], names: tuple = ()) -> Image.Image:
@@ -77,8 +79,9 @@ def picture_grid(rows: list[list], columns: list[str], names: tuple = ()) -> Ima
     left = 0
     if names:
         left = 12 + max(int(font.getlength(name)) for name in names)
-    size = (left + len(columns) * width, 24 + len(rows) * height)
-    grid = Image.new("RGB", size, "white")
+    right = left + len(columns) * width
+    bottom = 24 + len(rows) * height
+    grid = Image.new("RGB", (right, bottom), "white")
     draw = ImageDraw.Draw(grid)
     for c, title in enumerate(columns):
         x = left + c * width

@@ -48,8 +48,8 @@ if [ "$DATA" = synthetic ]; then  # two CPU cores: small, one thread a job
   video=(--data synthetic --data_path "$STREET") labels=("${video[@]}")
   frames=$STREET/2011_09_26/2011_09_26_drive_9001_sync/image_02/data suffix=png  # for pictures of flow
   main=stereo size="--height 64 --width 192" large="--height 128 --width 384"
-  depth="--steps 300 --batch_size 4 --learning_rate 2e-4 --num_workers 0" flow=$depth reconstruction=$depth
-  batch=4 tuning="--steps 80 --learning_rate 5e-4 --eval_every 40 --num_workers 0"
+  depth="--steps 250 --batch_size 4 --learning_rate 2e-4 --num_workers 0" flow=$depth reconstruction=$depth
+  batch=4 tuning="--steps 60 --learning_rate 5e-4 --eval_every 30 --num_workers 0"
 else  # the paper's settings: 20 epochs of 39,810 samples for depth, 50 for flow and reconstruction
   JOBS=${JOBS:-1} CACHE=${CACHE-}
   video=(--data kitti --data_path "$KITTI_RAW") labels=(--data kitti --data_path "$KITTI_LABELS")

@@ -46,7 +46,7 @@ import utils
 def assert_run_folder(folder: str, steps: int) -> None:
     """Everything that a finished run leaves behind."""
     described = read_json(folder, "args.json")
-    assert {"script", "command", "options", "versions"} <= set(described)
+    assert {"script", "command", "options"} <= set(described)
     assert described["options"]["steps"] == steps
     assert read_json(folder, "result.json")["step"] == steps
     assert utils.read_tensors(f"{folder}/last.pt")["step"] == steps

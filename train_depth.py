@@ -29,6 +29,8 @@ from utils import InputError, within
 
 INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
 CHANNELS = {"depth": 1, "flow": 2, "reconstruction": 3}
+# Monodepth2's range is 0.1 to 100; with a baseline in metres its unit is 5.4 m
+RANGES = {"mono": (0.1, 100.0), "stereo": (0.54, 540.0), "mono+stereo": (0.54, 540.0), "depth": (1.0, 100.0)}
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -66,9 +68,9 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     add("--steps", type=within(int, 1), default=66_350, help="paper: 66350, 20 epochs of KITTI")
     add("--batch_size", type=within(int, 1), default=12, help="paper: 12; the baselines 8")
     add("--learning_rate", type=within(float, 1e-12, 1), default=1e-4, help="paper: 1e-4; flow 5e-5")
-    add("--learning_rate_drop", type=within(float, 0, 1), nargs="+", default=[0.75], metavar="SHARE",
+    add("--learning_rate_drop", type=within(float, 0, 1), nargs="+", default=[0.75],
         help="shares of the steps at which the rate changes (paper: 0.75)")
-    add("--learning_rate_factor", type=within(float, 0, 100), nargs="+", default=[0.1], metavar="X",
+    add("--learning_rate_factor", type=within(float, 0, 100), nargs="+", default=[0.1],
         help="from each share on, the rate is X * --learning_rate (paper: 0.1)")
     utils.add_run_options(parser)
     utils.add_device_options(parser)
@@ -82,8 +84,7 @@ def complete(args: Namespace) -> None:
     """Fills in the defaults that depend on other options."""
     if args.frame_ids is None:
         args.frame_ids = [0, -1, 1] if is_video(args) else [0, -1] if args.task == "flow" else [0]
-    # Monodepth2's range is 0.1 to 100; with a baseline in metres its unit is 5.4 m
-    nearest, farthest = {"mono": (0.1, 100), "depth": (1, 100)}.get(args.supervision, (0.54, 540))
+    nearest, farthest = RANGES[args.supervision]
     args.min_depth = args.min_depth or nearest
     args.max_depth = args.max_depth or farthest
     if args.smoothness is None:
@@ -156,7 +157,6 @@ class Objective(nn.Module):
         self.intrinsics = None  # a networks.Intrinsics where K is learned
 
     def parts(self) -> dict[str, nn.Module]:
-        """The parts that checkpoints tell apart."""
         parts = self.model.parts()
         for module in filter(None, (self.pose, self.intrinsics)):
             parts |= module.parts()
@@ -305,7 +305,7 @@ def main() -> int:
         return 0
     start = run.restore(optimizer, objective.parts())
     introduce(args, dataset, loaded)
-    keys = ("task", "supervision", "arch", "encoder", "init", "height", "width", "crop",
+    keys = ("task", "supervision", "arch", "encoder", "init", "height", "width", "crop", "frame_ids",
             "min_depth", "max_depth", "data", "seed", "shuffle_depth", "reconstruction")
     options = {key: getattr(args, key) for key in keys} | objective.model.settings
     options["metric"] = objective.metric
@@ -344,7 +344,7 @@ def main() -> int:
         if logs or saves or device.type == "cpu":  # asking makes a GPU wait, so not every step
             utils.refuse_nonfinite(terms, objective, done, batch["index"])
         optimizer.step()
-        if step == start:
+        if step == start:  # with compiling
             tqdm.write(f"first step: {time.perf_counter() - began:.1f} s")
         if run.writes and (step == 0 or saves):
             grid = pictures.draw_views(batch["frames"][:, 0], views)

@@ -208,8 +208,7 @@ def main() -> int:
     train_set = datasets.find_labelled(args, "train", train=True)
     val_set = datasets.find_labelled(args, "val")
     if len(train_set) < args.batch_size:
-        raise InputError(f"--batch_size {args.batch_size} is larger than the data, "
-                         f"{len(train_set)} images")
+        raise InputError(f"--batch_size {args.batch_size} is larger than the data, {len(train_set)}")
     val_set.read_all(native_label=True)  # what cannot be read is found before the run begins
     seen = train_set.read_all()
     absent = [name for c, name in enumerate(train_set.classes) if c not in seen]
@@ -239,7 +238,8 @@ def main() -> int:
           f"{args.width}x{args.height}, {args.steps} steps of {args.batch_size} on {device}")
     if absent and train_set.keep:
         print("no training image shows " + ", ".join(absent))
-    keys = ("arch", "encoder", "height", "width", "crop", "eval_mode", "data")
+    keys = ("arch", "encoder", "height", "width", "crop", "eval_mode", "data", "train_size",
+            "split_seed", "leave_out")
     options = {key: getattr(args, key) for key in keys} | model.settings
     options["task"] = "segmentation"
     options["classes"] = list(train_set.classes)

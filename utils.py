@@ -48,6 +48,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         os._exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        for child in torch.multiprocessing.active_children():
+            child.kill()  # loader processes, which leave other signals to this one
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,10 +111,9 @@ def autocast(args: argparse.Namespace, device: torch.device) -> Callable:
 
 
 def prepare(module: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """Fits what trains to the device. This is the one place that decides on compiling.
+    """Fits what trains to the device; the one place that decides on compiling.
 
-    On a GPU, a compiled step is replayed as a CUDA graph. On a CPU, compiling was measured to
-    bring nothing, so `auto` stays eager there.
+    A GPU replays the compiled step as a CUDA graph; on a CPU, compiling brings next to nothing.
     """
     long_enough = device.type == "cuda" and args.steps >= COMPILE_FROM
     compiled = args.compile == "all" or (args.compile == "auto" and long_enough)
@@ -122,8 +124,9 @@ def prepare(module: nn.Module, args: argparse.Namespace, device: torch.device) -
         module = nn.parallel.DistributedDataParallel(module, device_ids=ids)
     if compiled:
         graphs = device.type == "cuda" and processes() == 1
-        module = torch.compile(module, mode="reduce-overhead" if graphs else "default")
-        print("compiling networks and losses: the first step takes a minute or two")
+        mode = "reduce-overhead" if graphs else "default"
+        module = torch.compile(module, mode=mode, dynamic=False)
+        print("compiling networks and losses: the first step takes minutes")
     return module
 
 # ---- several processes -------------------------------------------------------------------------
@@ -200,7 +203,8 @@ def save_json(path: str, content: dict) -> None:
 def read_tensors(path: str) -> dict:
     """A checkpoint as a dict of tensors and builtins; nothing in the file is ever executed.
 
-    Raises InputError where the file is missing, damaged, or needs code to be read."""
+    Raises InputError where the file is missing, damaged, or needs code to be read.
+    """
     if not os.path.isfile(path):
         raise InputError(f"no checkpoint at {path}")
     reason = "it is damaged"
@@ -272,10 +276,9 @@ class Run:
             os.makedirs(self.path("samples"), exist_ok=True)
             self.lock = open(self.path("lock"), "w")  # noqa: SIM115  (held to the end)
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.folder}: another process runs there") from None
         except OSError as error:
-            raise InputError(f"{self.folder}: {error.strerror}") from None
+            taken = "another process runs there" if isinstance(error, BlockingIOError) else None
+            raise InputError(f"{self.folder}: {taken or error.strerror}") from None
 
     def _refuse_other_options(self, then: dict, defaults: dict) -> None:
         now = vars(self.args)
@@ -334,8 +337,7 @@ class Run:
             optimizer.load_state_dict(self.checkpoint["optimizer"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise InputError(f"{self.path('last.pt')} does not fit these networks ({reason}): "
-                             "give another --name") from None
+            raise InputError(f"{self.path('last.pt')} does not fit: {reason}") from None
         for parameter, moments in optimizer.state.items():
             for key, value in moments.items():  # fused Adam needs the parameter's memory format
                 if value.shape == parameter.shape:
@@ -350,8 +352,7 @@ class Run:
         state = {name: part.state_dict() for name, part in parts.items()}
         for name, part in state.items():
             if not all(torch.isfinite(value).all() for value in part.values()):
-                sys.exit(f"stopped: weights of the {name} are not finite after step {step}, "
-                         "nothing was overwritten")
+                sys.exit(f"stopped: weights of the {name} are not finite after step {step}")
         model = {"options": {**options, "steps": step}, **state}
         os.fsync(self.log_file.fileno())
         last = {"step": step, "args": vars(self.args), "log_size": self.log_file.tell(),
@@ -369,12 +370,11 @@ def read_last(path: str) -> dict | None:
         try:
             checkpoint = read_tensors(file)
         except InputError as error:
-            print(error)
+            print(f"{error}: trying the one before")
             continue
         if all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
             if file == older:
-                print(f"continuing from {older}")
-                os.replace(older, path)
+                os.replace(older, path)  # the checkpoint before the damaged one
             return checkpoint
     if found:
         raise InputError(f"{path} is damaged, or no checkpoint of a run: delete it to start again")
@@ -416,5 +416,5 @@ def refuse_nonfinite(terms: dict, module: nn.Module, step: int, indices: torch.T
     if not bad and not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
         bad = [f"gradient of {name}" for name, g in gradients.items() if not g.isfinite().all()]
     if bad:
-        sys.exit(f"stopped: {bad[-1]} is not finite at step {step} (samples {indices.tolist()}), "
-                 "nothing was overwritten")
+        samples = indices.tolist()
+        sys.exit(f"stopped: {bad[-1]} is not finite at step {step} (samples {samples})")

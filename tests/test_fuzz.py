@@ -342,7 +342,8 @@ def own_stereo(draw: np.random.Generator, root: str) -> Case:
             case.targets[path] = frames
             case.K[path] = [60, 60, 47.5, 31.5]
             case.baseline[path] = baseline if side else -baseline
-    case.may_refuse = number_first and words[0] == "cam0"  # both numbers count up
+    # both numbers count up; a folder that is too deep to be searched
+    case.may_refuse = number_first and words[0] == "cam0" or layout == layouts[3]
     case.what = f"stereo {layout} {words}"
     return case
 
@@ -570,5 +571,5 @@ def test_fuzz(tmp_path):
             failures.append(f"mutation {number} ({make.__name__}, {case.what}): {reason}")
         else:
             shutil.rmtree(root)
-    print(f"{MUTATIONS} mutations: {dict(sorted(outcomes.items()))}")
+    print(f"{outcomes.total()} mutations: {dict(sorted(outcomes.items()))}")
     assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures[:20])

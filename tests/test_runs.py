@@ -235,8 +235,7 @@ def test_a_stopped_run_saves_and_continues(tmp_path, runs, kind):
     assert 0 < step < read_json(reference, "result.json")["step"]
     assert (folder / "model.pt").exists() and not (folder / "result.json").exists()
 
-    result = call(SCRIPTS[script], *options, "--resume", "--num_workers", 2, expect=0)
-    assert f"step {step}" in result.out
+    call(SCRIPTS[script], *options, "--resume", "--num_workers", 2, expect=0)
     assert_same_runs(folder, reference)
 
 
@@ -371,8 +370,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, smal
     last = run / "last.pt"
     DAMAGES[damage](last)
     assert utils.read_last(str(last))["step"] == 2
-    (line,) = capsys.readouterr().out.splitlines()
-    assert str(last) in line and f"{last}.1" in line
+    said = capsys.readouterr().out
+    assert f"{last}.1" in said
+    assert damage == "gone" or f"{last} " in said.replace(":", " ")
     if damage != "gone":
         DAMAGES[damage](last)
         with pytest.raises(utils.InputError, match=f"{last}.*delete it to start again"):
@@ -435,11 +435,11 @@ def test_a_run_continues_with_its_own_options_only(tmp_path, monkeypatch, module
         then = {"args": {**vars(args), option: "another"}, "step": 1, "log_size": 0}
         monkeypatch.setattr(utils, "read_last", lambda *_, then=then, **__: then)
         if option in utils.MAY_CHANGE:
-            utils.Run(args, "")
+            utils.Run(args, "", args)
         else:
             words = re.escape(f"--{option} another there, {value} now")
             with pytest.raises(utils.InputError, match=words):
-                utils.Run(args, "")
+                utils.Run(args, "", args)
 
 
 def test_other_options_are_refused_and_moved_data_continue(unfinished, small_run):
@@ -594,7 +594,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, unfinished):
     options, run = unfinished
     before = (run / "last.pt").read_bytes()
     result = call(train_depth, *options, expect=1)
-    assert re.search(r"stopped: the gradient of \S*decoder\S* is not finite at step 3 \(samples \[", result.err)
+    assert re.search(r"stopped: gradient of \S*decoder\S* is not finite at step 3 \(samples \[", result.err)
     assert (run / "last.pt").read_bytes() == before
 
 
@@ -627,7 +627,8 @@ def step_arguments(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]
         "K": K.repeat(2, 1, 1),
         "stereo_T": stereo_T.repeat(2, 1, 1),
     }
-    return objective, train_depth.add_draws(batch, args, step=0)
+    train_depth.add_draws(batch, args, step=0)
+    return objective, batch
 
 
 def loss_and_gradients(step, objective: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -638,9 +639,10 @@ def loss_and_gradients(step, objective: torch.nn.Module, batch: dict) -> tuple[t
     return terms["loss"].detach(), gradients
 
 
-KINDS = (*PRETRAINING, "segmentation")
+KINDS = ("mono+stereo", "depth", "flow", "reconstruction", "segmentation")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_step_is_one_graph(kind):
     """torch.compile traces networks and loss without a break; loss and gradients stay what they are."""
@@ -656,9 +658,11 @@ def test_the_step_is_one_graph(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_step_waits_for_the_device(kind):
+def test_no_step_waits_for_the_device(monkeypatch, kind):
     """The meta device has no numbers: a step that asks for one, and so would wait for a GPU, fails there."""
     objective, batch = step_arguments(kind)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which meta lacks
+    objective.autocast = contextlib.nullcontext
     batch = {key: value.to("meta") for key, value in batch.items()}
     terms, _ = objective.to("meta")(batch)
     terms["loss"].backward()
@@ -705,7 +709,7 @@ def test_a_record_leaves_evaluations_out(monkeypatch):
         now[0] += 2
         meter.add({"loss": torch.tensor(loss)}, waited=0.5)
         now[0] += evaluation
-        meter.pause(evaluation)
+        meter.start += evaluation  # as train_seg.py does
     record = meter.record(batch_size=4)
     assert record["loss"] == 2
     assert record["ms_per_step"] == 2000 and record["ms_data"] == 500
@@ -728,7 +732,7 @@ def test_trouble_is_named():
         ({"masked": torch.tensor(0.9)}, {"depth": depth}, {"masked"}),
         ({"loss": torch.tensor(1.0)}, {}, set()),
     ):
-        assert train_depth.find_trouble(terms, views).keys() == expected
+        assert metrics.find_trouble(terms, views).keys() == expected
 
 
 def test_a_static_camera_is_warned_of_once(tmp_path):
@@ -738,7 +742,6 @@ def test_a_static_camera_is_warned_of_once(tmp_path):
     result = call(train_depth, *data, *SMALL, "--steps", 5, "--log_dir", tmp_path, "--name", "still", expect=0)
     output = result.out + result.err
     assert output.count("does the camera stand still?") == 1
-    assert output.count("to go (h:mm:ss)") == 1
     warnings = read_json(tmp_path, "still", "result.json")["warnings"]
     assert any("does the camera stand still?" in warning for warning in warnings)
 

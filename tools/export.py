@@ -6,8 +6,8 @@
     python tools/export.py --weights runs/NAME --output my_model --format monodepth2
 
 ONNX and torch.export map images (B, 3, H, W) in [0, 1] to depth (B, 1, H, W), class scores
-(B, classes, H, W) or, for reconstruction, colours (B, 3, H, W). The input is called "image", the
-output like the task.
+(B, classes, H, W) or, for reconstruction, colours (B, 3, H, W); of DPT and Depth Anything to
+inverse depth, up to scale and shift. The input is called "image", the output like the task.
 """
 
 import sys
@@ -37,6 +37,7 @@ class Exported(nn.Module):
         super().__init__()
         self.model = model
         self.task = options["task"]
+        self.inverse_depth = options.get("output") == "inverse depth"  # DPT, Depth Anything
         self.min_depth = options.get("min_depth")
         self.max_depth = options.get("max_depth")
 
@@ -44,6 +45,8 @@ class Exported(nn.Module):
         output = self.model(image)[0]  # the finest scale
         if self.task == "segmentation":
             return output
+        if self.inverse_depth:
+            return output.relu()
         values = output.sigmoid()
         if self.task == "depth":
             return losses.disparity_to_depth(values, self.min_depth, self.max_depth)
@@ -88,7 +91,7 @@ def save_monodepth2(folder: str, parts: dict, options: dict) -> None:
     """
     if options["task"] != "depth" or options["arch"] != "unet":
         what = f"{options['task']} by {options['arch']}"
-        raise InputError(f"--format monodepth2 is for depth by the U-Net, not {what}")
+        raise InputError(f"--format monodepth2 is for depth by the U-Net, this is {what}")
     depth_range = options["min_depth"], options["max_depth"]
     stereo_range = tuple(STEREO_UNIT * limit for limit in MONODEPTH2_RANGE)
     stereo = bool(options.get("use_stereo")) or depth_range == stereo_range

@@ -231,14 +231,18 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem }}
 """
 
 
+def find_pictures(log_dir: str) -> list[str]:
+    """Names of the pictures beside the runs, those with a caption first."""
+    found = {path.name for path in Path(log_dir).glob("*.png")}
+    return [name for name in CAPTIONS if name in found] + sorted(found - CAPTIONS.keys())
+
+
 def write_page(runs: list[FinishedRun], tables: list[Table], log_dir: str) -> str:
     """index.html: tables, pictures with captions, and each run with its samples. Returns its path."""
     folder = Path(log_dir)
     parts = [table.html() for table in tables]
     parts.append("<h2>Pictures</h2>")
-    known = [name for name in CAPTIONS if (folder / name).is_file()]
-    others = sorted(path.name for path in folder.glob("*.png") if path.name not in CAPTIONS)
-    parts += [picture_html(name, CAPTIONS.get(name, name)) for name in [*known, *others]]
+    parts += [picture_html(name, CAPTIONS.get(name, name)) for name in find_pictures(log_dir)]
     parts.append(f"<h2>All {len(runs)} runs</h2>")
     parts += [run_html(run, folder) for run in runs]
     title = f"Depth pre-training for segmentation: {folder.resolve().name}"

@@ -514,8 +514,10 @@ def main() -> int:
     write_runs(runs, os.path.join(args.log_dir, "tables.csv"))
     draws = args.page and importlib.util.find_spec("matplotlib") is not None
     if args.figures or draws:
-        for path in report.draw_figures(runs, args.log_dir):
-            print(f"figure: {path}")
+        report.draw_figures(runs, args.log_dir)
+    print()
+    for name in report.find_pictures(args.log_dir):
+        print(f"picture: {os.path.join(args.log_dir, name)}")
     if args.page:
         print(f"report page: {report.write_page(runs, tables, args.log_dir)}")
     return 0
