@@ -273,7 +273,7 @@ class Clips(Samples):
         moments = np.unique(names, return_inverse=True)[1]
         if 2 * np.bincount(moments).max() > len(moments):
             raise InputError(f"--shuffle_depth: too few moments in {self.name} to exchange depth")
-        rng = np.random.default_rng([seed, 3])  # 3: neither an epoch's nor a sample's draw
+        rng = np.random.default_rng([seed, 0, 3])  # 3: not the draw of an epoch or a sample
         order = rng.permutation(len(moments))
         while (moments[order] == moments).any():
             order = rng.permutation(len(moments))

@@ -85,7 +85,7 @@ def parse_options() -> argparse.Namespace:
                      help="which of the encoder's maps, the finest first (before pooling)")
     for command, name in ((grid, "grid.png"), (cam, "gradcam.png")):
         add_grid_options(command.add_argument, name)
-        command.set_defaults(run=grid_command, height=64, width=64)
+        command.set_defaults(run=grid_command, height=64, width=64)  # only native labels are read
     for command in commands.choices.values():
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                              help="cpu, cuda or cuda:N")
@@ -380,11 +380,13 @@ def seg_command(args: argparse.Namespace) -> int:
     device = utils.pick_device(args.device)
     model, options = load(args.weights, device, "segmentation")
     data = args.data or options["data"]
-    if args.split == "train" and "train_size" not in options:
+    if args.split == "train" and (data != options["data"] or "train_size" not in options):
         raise InputError(f"{args.weights}: --split train needs the run's args.json, which says "
                          "what images it was trained on")
     chosen = {"data": data, "data_path": args.data_path, "crop": None, "cache": None}
     chosen = argparse.Namespace(**{**options, **chosen})
+    if data != options["data"]:
+        chosen.leave_out = []
     dataset = datasets.find_labelled(chosen, args.split, train=args.split == "train")
     if list(dataset.classes) != list(options["classes"]):
         known = ", ".join(options["classes"])
@@ -574,15 +576,16 @@ def grid_command(args: argparse.Namespace) -> int:
                 title += ", segmentation"
             if args.command == "grid" or options["task"] == "segmentation":
                 row[title] = draw(predict(model, options, images), options, image)
-        rows[Path(path).stem] = row
+        rows[path] = row
     if rows:
         first = next(iter(rows.values()))
         size = first["image"].shape[1:]
+        names = [Path(path).stem for path in rows]
         cells = []
         for row in rows.values():
             cells.append([F.interpolate(cell[None], size, mode="area")[0] for cell in row.values()])
-        pictures.picture_grid(cells, list(first), list(rows)).save(args.output)
-    print(f"{len(rows)} images, {len(models)} models -> {args.output}")
+        pictures.picture_grid(cells, list(first), names).save(args.output)
+        print(f"{len(rows)} images, {len(models)} models -> {args.output}")
     return 2 if bad else 0
 
 

@@ -308,8 +308,8 @@ def find_trouble(terms: dict, views: dict) -> dict[str, str]:
     trouble = {}
     masked = float(terms.get("masked", 0))
     if masked > 0.8:
-        trouble["masked"] = (f"an unmoved source explains {masked:.0%} of the pixels, which do not "
-                             "train: does the camera stand still?")
+        trouble["masked"] = (f"{masked:.0%} of the pixels do not train: does the camera stand "
+                             "still, or do the sources not overlap with the target?")
     if "depth" in views:
         disparity = 1 / views["depth"].flatten(1)
         if float((disparity.std(1) / disparity.mean(1)).mean()) < 0.02:
@@ -317,8 +317,9 @@ def find_trouble(terms: dict, views: dict) -> dict[str, str]:
                                 "or a lower --learning_rate")
     if "poses" in views:
         change = (views["poses"] - torch.eye(4, device=views["poses"].device))[:, :, :3]  # (B, S, 3, 4)
-        turned = float(change[..., :3].abs().mean())
-        moved = float(change[..., 3].norm(dim=-1).mean() / views["depth"].mean())
+        # of the source that moves least: the other camera, if it is one, is not learned
+        turned = float(change[..., :3].abs().mean((0, 2, 3)).amin())
+        moved = float(change[..., 3].norm(dim=-1).mean(0).amin() / views["depth"].mean())
         if max(moved, turned) < 1e-3:
             trouble["pose"] = "the pose network sees hardly any motion, which depth is learned from"
     return trouble

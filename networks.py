@@ -382,7 +382,7 @@ def build(arch: str, encoder: str, channels: int, scales: tuple = (0,), **settin
     features = build_encoder(arch, encoder, settings)
     decoder = build_decoder(arch, features, channels, scales, settings)
     decoder.heads = heads
-    if settings["normalize_twice"]:  # (x - m) / s of (images - M) / S, in one
+    if settings["normalize_twice"]:  # both normalisations folded into one mean and deviation
         mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
         features.mean = mean + std * features.mean

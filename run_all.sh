@@ -57,7 +57,8 @@ else  # the paper's settings: 20 epochs of 39,810 samples for depth, 50 for flow
   main=mono+stereo size="--height 192 --width 640" large="--height 320 --width 1024"
   depth="--steps 66350 --batch_size 12 --learning_rate 1e-4 --learning_rate_drop 0.75 --learning_rate_factor 0.1"
   flow="--steps 248800 --batch_size 8 --learning_rate 5e-5 --learning_rate_drop 1 --learning_rate_factor 1"
-  reconstruction="--steps 248800 --batch_size 8 --learning_rate 1e-4 --learning_rate_drop 0.5 --learning_rate_factor 0.5"
+  reconstruction="--steps 248800 --batch_size 8 --learning_rate 1e-4"
+  reconstruction+=" --learning_rate_drop 0.5 --learning_rate_factor 0.5"
   batch=16 tuning="--steps 20000 --learning_rate 1e-4 --eval_every 1000"
 fi
 prefix=""         # of names, on other data
@@ -185,7 +186,7 @@ release() {  # what the authors' release does otherwise, and Monodepth2's start 
 }
 
 real() {  # the claim: video of one KITTI drive, few labels of KITTI and CamVid, a pre-training for each seed
-  local RUNS=$REAL seeds=$SEEDS SEEDS seed_of_video=yes main=stereo
+  local RUNS=$REAL CACHE=$REAL/cache seeds=$SEEDS SEEDS seed_of_video=yes main=stereo
   local video=(--data kitti --data_path "$KITTI_RAW" --drives 2011_09_26_drive_0013_sync)
   local size depth flow reconstruction batch=${BATCH:-4} tuning
   size=$(size_options ${SIZE:-96 320})
@@ -335,7 +336,8 @@ other_domain() {
   for init in mae dinov2 depthanything; do
     encoder=vit_l14 tuning_size="$(size_options $3) --crop $4"
     [ $init != mae ] || encoder=vit_l16 tuning_size=${tuning_size//518/512}
-    finetune $init $encoder dpt all all "" --dpt_layers last --steps "$5" --learning_rate 3e-5 --encoder_learning_rate_factor 0.1
+    finetune $init $encoder dpt all all "" --dpt_layers last --steps "$5" \
+      --learning_rate 3e-5 --encoder_learning_rate_factor 0.1
     finetune $init $encoder linear frozen all "" --steps "$5" --learning_rate 1e-3
   done
 }
@@ -360,7 +362,7 @@ training_scores() {
   done
 }
 
-# depth_quality "PRE-TRAINING…" ENCODER: errors on the video's own LiDAR beside a constant's, into each run's depth.json
+# depth_quality "PRE-TRAINING…" ENCODER: errors on the video's LiDAR beside a constant's, into each run's depth.json
 depth_quality() {
   local kind run
   for kind in $1; do

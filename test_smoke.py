@@ -123,9 +123,10 @@ def test_fine_tuning(runs, kind):  # noqa: F811
     source, _ = FINE_TUNING[kind]
     expected = "None"
     if source:
-        pretraining = read_json(runs.pretrained(source), "result.json")
+        options = utils.read_tensors(f"{runs.pretrained(source)}/model.pt")["options"]
         name = {"mono": "Depth-Rand (mono)", "flow": "Flow"}[source]
-        expected = f"{name} on synthetic ({pretraining['samples']} samples, 96x64, {pretraining['step']} steps)"
+        size = f"{options['samples']} samples, 96x64, {options['steps']} steps"
+        expected = f"{name} on synthetic ({size})"
     assert result["pretraining"] == expected
     assert 0 <= result["miou"] <= 100 and 0 <= result["pixel_accuracy"] <= 100
     assert result["images"] == 5  # 36 % of twelve, rounded up

@@ -29,7 +29,7 @@ from utils import InputError, within
 
 INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
 CHANNELS = {"depth": 1, "flow": 2, "reconstruction": 3}
-# Monodepth2's range is 0.1 to 100; with a baseline in metres its unit is 5.4 m
+# Monodepth2's range, 0.1 to 100; it takes KITTI's baseline for 0.1, so its unit is 5.4 m
 RANGES = {"mono": (0.1, 100.0), "stereo": (0.54, 540.0), "mono+stereo": (0.54, 540.0), "depth": (1.0, 100.0)}
 
 
@@ -99,8 +99,8 @@ def check(args: Namespace) -> None:
     """Refuses options that do not fit together."""
     if args.frame_ids[0] != 0 or len(set(args.frame_ids)) < len(args.frame_ids):
         raise InputError("--frame_ids starts with the target, 0, and names every frame once")
-    if is_video(args) and len(args.frame_ids) == 1:
-        raise InputError("--frame_ids needs at least one source frame besides 0")
+    if (is_video(args) or args.task == "flow") != (len(args.frame_ids) > 1):
+        raise InputError("--frame_ids: video and flow need source frames, other tasks none")
     if args.task == "flow" and (len(args.frame_ids) != 2 or args.arch != "unet"):
         raise InputError("--task flow takes two frames, --frame_ids 0 -1, and --arch unet")
     if args.intrinsics == "learned" and (is_stereo(args) or not is_video(args)):
@@ -108,9 +108,10 @@ def check(args: Namespace) -> None:
     if args.shuffle_depth is not None and not is_measured(args):
         raise InputError("--shuffle_depth is for --task depth --supervision depth")
     if args.min_depth >= args.max_depth:
-        raise InputError(f"--min_depth {args.min_depth:g} is above --max_depth {args.max_depth:g}")
-    if len(args.learning_rate_drop) != len(args.learning_rate_factor):
-        raise InputError("--learning_rate_drop and --learning_rate_factor need as many values")
+        raise InputError(f"--min_depth {args.min_depth:g} is not below --max_depth {args.max_depth:g}")
+    shares = args.learning_rate_drop
+    if shares != sorted(shares) or len(shares) != len(args.learning_rate_factor):
+        raise InputError("--learning_rate_drop rises, and needs as many values as the factor")
     networks.check_options(args)
 
 
@@ -195,9 +196,9 @@ class Objective(nn.Module):
     def motion(self, jittered: Tensor, batch: dict) -> tuple[Tensor, list]:
         """K (B, 3, 3), and the pose (B, 4, 4) from the target to each source frame."""
         K = batch["K"]
-        unit = 1.0
+        motion_scale = 1.0
         if self.intrinsics is not None:
-            K, unit = self.intrinsics(K, batch["camera"], batch["mirrored"])
+            K, motion_scale = self.intrinsics(K, batch["camera"], batch["mirrored"])
         target = jittered[:, 0]
         poses = []
         for i, offset in enumerate(self.args.frame_ids[1:], start=1):
@@ -205,8 +206,8 @@ class Objective(nn.Module):
             pair = (jittered[:, i], target) if offset < 0 else (target, jittered[:, i])
             with self.autocast():
                 axisangle, translation = self.pose(*pair)
-            pose = losses.pose_to_matrix(unit * axisangle, unit * translation, invert=offset < 0)
-            poses.append(pose)
+            motion = (motion_scale * axisangle, motion_scale * translation)
+            poses.append(losses.pose_to_matrix(*motion, invert=offset < 0))
         return K, poses
 
     def flow(self, jittered: Tensor, batch: dict) -> losses.Results:
@@ -274,7 +275,7 @@ def introduce(args: Namespace, dataset: datasets.Clips, loaded: str) -> None:
     print(f"{args.arch} {args.encoder}, {loaded}; {args.width}x{args.height}, "
           f"{args.steps} steps of {args.batch_size} = {epochs:.1f} epochs on {args.device}")
     if args.data == "camvid":
-        print("these are CamVid's evaluation images: this pre-training is transductive")
+        print("these are CamVid's evaluation images: the pre-training is transductive")
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def main() -> int:
     dataset = make_dataset(args)
     if len(dataset) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is larger than the data, {len(dataset)}")
-    dataset.read(0)  # what cannot be read is found before the run begins
+    dataset.read(0)  # wrong paths and calibrations show at once
 
     # model
     objective, loaded = build(args, device)
@@ -308,8 +309,7 @@ def main() -> int:
     keys = ("task", "supervision", "arch", "encoder", "init", "height", "width", "crop", "frame_ids",
             "min_depth", "max_depth", "data", "seed", "shuffle_depth", "reconstruction")
     options = {key: getattr(args, key) for key in keys} | objective.model.settings
-    options["metric"] = objective.metric
-    options["samples"] = len(dataset)
+    options |= {"metric": objective.metric, "samples": len(dataset)}
     step_module = utils.prepare(objective, args, device)
 
     # loop
@@ -341,10 +341,10 @@ def main() -> int:
         last = done == args.steps or run.stops()
         logs = last or done % args.log_every == 0
         saves = last or done % args.save_every == 0
-        if logs or saves or device.type == "cpu":  # asking makes a GPU wait, so not every step
+        if logs or saves or device.type == "cpu":  # reading values synchronises a GPU
             utils.refuse_nonfinite(terms, objective, done, batch["index"])
         optimizer.step()
-        if step == start:  # with compiling
+        if step == start:  # includes compiling
             tqdm.write(f"first step: {time.perf_counter() - began:.1f} s")
         if run.writes and (step == 0 or saves):
             grid = pictures.draw_views(batch["frames"][:, 0], views)

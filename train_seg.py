@@ -61,7 +61,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         help="blocks that DPT reads: spread over the depth, or the last four")
     add("--init", default="none", help="none, imagenet, a run folder, or a checkpoint file")
     add("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads")
-    add("--freeze_encoder", action="store_true", help="weights and batch-norm statistics stay")
+    add("--freeze_encoder", action="store_true", help="train the decoder alone")
     add("--calibrate_batch_norm", action="store_true",
         help="first estimate the encoder's batch-norm statistics on the training images")
     add("--freeze_batch_norm_only", action="store_true",
@@ -152,7 +152,7 @@ def build(args: argparse.Namespace, classes: int, device: torch.device) -> tuple
 def calibrate_batch_norm(encoder: torch.nn.Module, train_set: datasets.Labelled) -> None:
     """Estimates the encoder's batch-norm statistics on the training images, and nothing else.
 
-    A random frozen encoder with means 0 and variances 1 would be a straw man.
+    With means 0 and variances 1, a random frozen encoder is an unfairly weak baseline.
     """
     device = next(encoder.parameters()).device
     norms = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
@@ -161,8 +161,8 @@ def calibrate_batch_norm(encoder: torch.nn.Module, train_set: datasets.Labelled)
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
         norm.train()
-    seen = [train_set.load(index)[0] for index in range(len(train_set))]
-    for batch in torch.stack(seen).split(16):
+    for indices in torch.arange(len(train_set)).tensor_split(math.ceil(len(train_set) / 16)):
+        batch = torch.stack([train_set.load(index)[0] for index in indices.tolist()])
         encoder(batch.to(device).float() / 255)
     for norm, (momentum, training) in modes.items():
         norm.momentum = momentum
@@ -187,7 +187,7 @@ def make_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.op
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
-    """The decoder's learning rate: rises over the warm-up, then falls to 0."""
+    """The decoder's learning rate: falls to 0, times a linear warm-up."""
     done = step / args.steps
     share = (1 - done) ** args.poly_power
     if args.schedule == "cosine":
@@ -209,7 +209,7 @@ def main() -> int:
     val_set = datasets.find_labelled(args, "val")
     if len(train_set) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size} is larger than the data, {len(train_set)}")
-    val_set.read_all(native_label=True)  # what cannot be read is found before the run begins
+    val_set.read_all(native_label=True)  # bad files of a small set show at once
     seen = train_set.read_all()
     absent = [name for c, name in enumerate(train_set.classes) if c not in seen]
     window = (args.crop or val_set.size) if args.eval_mode == "slide" else None
@@ -257,7 +257,7 @@ def main() -> int:
         evaluate_now(0)  # where the curves begin
     meter = utils.Meter()
     done = start
-    stream = iter(batches.train_batches(train_set, args, start, device))
+    stream = batches.train_batches(train_set, args, start, device)
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps,
                     disable=None if run.writes else True)
     for step in progress:
@@ -280,7 +280,7 @@ def main() -> int:
         last = done == args.steps or run.stops()
         logs = last or done % args.log_every == 0
         saves = last or done % args.save_every == 0
-        if logs or saves or device.type == "cpu":  # asking makes a GPU wait, so not every step
+        if logs or saves or device.type == "cpu":  # reading values synchronises a GPU
             utils.refuse_nonfinite(terms, objective, done, batch["index"])
         if args.clip_gradients:
             torch.nn.utils.clip_grad_norm_(trained, args.clip_gradients)
@@ -299,7 +299,7 @@ def main() -> int:
         if run.writes and (done % args.eval_every == 0 or done == args.steps):
             began = time.perf_counter()
             scores = evaluate_now(done)
-            meter.start += time.perf_counter() - began  # that was no step's time
+            meter.start += time.perf_counter() - began  # not a step's time
         if saves:
             run.save(done, options, optimizer, model.parts())
         if last:

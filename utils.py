@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-
 IGNORE = 255  # train id of pixels without a label
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -74,10 +73,10 @@ def within(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options of a run folder, for both training scripts."""
     add = parser.add_argument_group("run").add_argument
-    add("--name", help="folder below --log_dir (default: made of the options)")
+    add("--name", help="folder below --log_dir (default: derived from the options)")
     add("--log_dir", default="runs", help="where run folders go")
     add("--seed", type=within(int, 0), default=0, help="seed of weights, order and augmentation")
-    add("--resume", action="store_true", help="demand a checkpoint; one that exists is used anyway")
+    add("--resume", action="store_true", help="fail if there is no checkpoint; one is always used")
     add("--tensorboard", action="store_true", help="log for TensorBoard as well")
     add("--log_every", type=within(int, 1), default=50, help="steps between log records")
     add("--save_every", type=within(int, 1), default=1000, help="steps between checkpoints")
@@ -226,7 +225,7 @@ def read_tensors(path: str) -> dict:
 # Options with which a run may go on under another value.
 MAY_CHANGE = {"resume", "device", "compile", "num_workers", "log_dir", "log_every", "save_every",
               "cache", "data_path", "tensorboard"}
-# Defaults of the first edition's options that went or changed: with these its runs continue.
+# Older runs have options that are gone or renamed; they continue where these had their defaults.
 FIRST_EDITION = {"depth_loss": "l1", "min_motion": 0, "patches": "rectangles",
                  "average_sources": False, "no_automask": False, "depth_scale": 1000}
 
@@ -370,7 +369,7 @@ def read_last(path: str) -> dict | None:
         try:
             checkpoint = read_tensors(file)
         except InputError as error:
-            print(f"{error}: trying the one before")
+            print(error)
             continue
         if all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
             if file == older:

@@ -147,7 +147,8 @@ def fit(module: nn.Module, state: dict, name: str, path: str, keep_head: bool = 
             here = tuple(own[key].shape) if key in own else "absent"
             problems.append(f"{key} is {here} here, {tuple(value.shape)} there")
     for key in own.keys() - state.keys():
-        if not is_head(module, key):
+        counter = key.endswith("num_batches_tracked")  # older files have none; it starts at 0 then
+        if not is_head(module, key) and not counter:
             problems.append(f"{key} is {tuple(own[key].shape)} here, absent there")
     if problems:
         count = f"{len(taken)}/{len(own)} tensors"
@@ -156,8 +157,8 @@ def fit(module: nn.Module, state: dict, name: str, path: str, keep_head: bool = 
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise InputError(f"{path}: values of {name} are not finite: {key}")
     module.load_state_dict({**own, **taken})
-    replaced = ": head replaced" if len(taken) < len(own) else ""
-    return f"{name} {len(taken)}/{len(own)}{replaced}"
+    replaced = any(is_head(module, key) for key in own.keys() - taken.keys())
+    return f"{name} {len(taken)}/{len(own)}" + (": head replaced" if replaced else "")
 
 
 def resize_positions(encoder: nn.Module, table: Tensor) -> None:

@@ -3,12 +3,15 @@
 python -m pytest -q tests/test_experiments.py
 """
 
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import make_data
@@ -512,3 +515,87 @@ def test_shell_scripts_pass_shellcheck():
         [shellcheck, "run_all.sh", ".ci/run"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+# ------------------------------------------------------------------------------------ running them
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case $1 in tools/*) exec "{python}" "$@" ;; esac
+for word in "$@"; do
+  case $last in --name) name=$word ;; --log_dir) runs=$word ;; --output) output=$word ;; esac
+  case $last in --init) [[ $word = none || -d $word ]] || exit 2 ;; esac
+  last=$word
+done
+[ "$name" != "$FAIL" ] || {{ echo "no luck"; exit 2; }}
+[ -z "$WAIT" ] || {{ trap 'exit 75' TERM; sleep 20 & wait; }}
+[ -z "$output" ] || touch "$output"
+[ -n "$output" ] || {{ mkdir -p "$runs/$name" && echo '{{"miou": 12.34, "pretraining": "None"}}' > "$runs/$name/result.json"; }}
+[ -n "$output" ] || cp "{args}" "$runs/$name/args.json"
+"""
+
+
+@pytest.fixture
+def fake(tmp_path) -> dict[str, str]:
+    """Settings whose paths have spaces, and a Python that only leaves results."""
+    python = tmp_path / "a python"
+    options = {
+        "data": "synthetic", "encoder": "efficientnet_lite0", "train_size": 16, "seed": 0,
+        "freeze_encoder": False, "steps": 1, "batch_size": 4, "learning_rate": 1e-4, "height": 64,
+        "width": 96, "init": "none",
+    }  # fmt: skip
+    args = tmp_path / "args.json"
+    args.write_text(json.dumps({"options": options}))
+    python.write_text(FAKE_PYTHON.format(python=sys.executable, args=args))
+    python.chmod(0o755)
+    (tmp_path / "my street").mkdir()
+    return {
+        **os.environ,
+        "PYTHON": str(python),
+        "STREET": f"{tmp_path}/my street",
+        "RUNS": f"{tmp_path}/my runs",
+        "SEEDS": "0",
+        "FAIL": "-",
+        "WAIT": "",
+    }
+
+
+def run_all(settings: dict[str, str], *names: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "run_all.sh"), *names]
+    return subprocess.run(command, env=settings, text=True, capture_output=True, check=False)
+
+
+def test_a_failed_job_keeps_only_its_heirs_from_running(fake):
+    done = run_all({**fake, "FAIL": "flow_efficientnet_lite0"})
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if re.match(r"\[ *\d+/15\]", line)]
+    assert len(lines) == 15 and lines[0].startswith("[ 1/15] ")
+    failed = [line for line in lines if "fail" in line]
+    assert sorted(line.split("] ")[1].split()[0] for line in failed) == [
+        "flow_efficientnet_lite0",
+        "grid",
+        "seg_flow-encoder_efficientnet_lite0_unet_all_n16_seed0",
+        "seg_flow-encoder_efficientnet_lite0_unet_frozen_n16_seed0",
+    ]
+    assert any("no luck" in line and "logs/flow_" in line for line in failed)
+    assert any(re.search(r"seg_none_\S+ mIoU 12.3 %, about 1 min left", line) for line in lines)
+    again = run_all(fake)  # what is done is not done again
+    assert again.returncode == 0 and not again.stderr, again.stdout + again.stderr
+    assert "11 of 15 jobs are done already" in again.stdout and "[12/15]" in again.stdout
+    assert "core.png" in again.stdout and "my runs/index.html" in again.stdout
+
+
+def test_a_signal_reaches_every_job_and_stops_the_rest(fake):
+    command = ["bash", str(ROOT / "run_all.sh")]
+    process = subprocess.Popen(
+        command, env={**fake, "WAIT": "yes"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    logs = Path(fake["RUNS"], "logs")
+    while len(list(logs.glob("*.txt"))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    time.sleep(0.5)  # bash sets its trap
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode in (75, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert len(list(logs.glob("*.txt"))) == 2 and not list(Path(fake["RUNS"]).glob("*/result.json"))

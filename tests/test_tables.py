@@ -120,19 +120,28 @@ def test_table_1(table1):
             label,
             "3",
             f"{miou:.1f} ± 0.5",
-            gain,
             f"{miou + 3:.1f} ± 0.5 [{paper}]",
             f"{miou + 30:.1f} ± 0.5 [{accuracy}]",
+            gain,
         ]
     assert row_of(text, title, "ResNet18, frozen", "None, calibrated")[3:] == [
         "34.0 ± 0.5",
-        "",
         "37.0 ± 0.5",
         "64.0 ± 0.5",
+        "",
     ]
     assert "release's score % [paper]" in text and "7 classes, mean over images" in text
     assert "–" not in text  # no gaps
     assert text.count("96x64; 100 steps of batch 4 at 0.0001; scored on 72 images") == 1
+
+
+def test_only_kitti_has_the_release_s_score(tmp_path):
+    """Table 5's brackets are over 19 classes, like ours."""
+    name = "cityscapes_seg_depth_resnet50_deeplabv3_all_nall_full_seed0"
+    write_run(tmp_path, name, 60.0, 63.0, data="cityscapes")
+    text = make_tables(tmp_path)
+    assert "release" not in text and "63.0" not in text
+    assert row_of(text, "Table 5", "full, validation", "Depth")[3] == "60.0 [73.17]"
 
 
 def test_claims_of_the_text(table1):
@@ -380,6 +389,17 @@ def test_figures_and_page(table1, claim_runs):
     assert "samples/000100.png" in page and "50.20" in page
     for name in re.findall(r'src="([^"]+)"', page):
         assert (table1 / name).is_file(), name
+
+
+def test_sizes(tmp_path):
+    """Figure 3: one line a pre-training, and no run of another setting among its points."""
+    for images in (8, 16, 32):
+        for init in ("none", "depth"):
+            name = f"seg_{init}_resnet18_unet_all_n{images}_seed0"
+            write_run(tmp_path, name, 30 + images, train_size=images, batch_size=min(images, 16))
+    write_run(tmp_path, "seg_none_resnet18_unet_all_n16_twice_seed0", 9.0, normalize_twice=True)
+    make_tables(tmp_path, "--figures")
+    assert Image.open(tmp_path / "sizes.png").height < 700  # one panel
 
 
 def test_curves(table1):

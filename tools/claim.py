@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tools.runs import PRETRAININGS, FinishedRun, Table, pretraining_label
+from tools.runs import PRETRAININGS, Cell, FinishedRun, Table, pretraining_label
 from utils import write_atomically
 
 NAME = re.compile(r"(kitti|camvid)_seg_([^_]+)_(\w+)_unet_(all|frozen)_n(\d+)_seed(\d+)")
@@ -111,8 +111,6 @@ def holm(values: list[float]) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------- cells
-
-Cell = dict[int, FinishedRun]  # by seed
 
 
 class Claim:

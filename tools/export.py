@@ -122,7 +122,12 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--weights", required=True, help="run folder, model.pt, or another readable checkpoint")
     add("--output", required=True, metavar="PATH", help="a file, or for monodepth2 a folder")
-    add("--format", choices=("onnx", "torch", "monodepth2"), default="onnx")
+    add(
+        "--format",
+        choices=("onnx", "torch", "monodepth2"),
+        default="onnx",
+        help="one file, or for monodepth2 a folder of weights",
+    )
     add("--dynamic", action="store_true", help="for any batch and size, not one image of its own")
     return parser.parse_args(argv)
 

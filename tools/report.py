@@ -14,7 +14,16 @@ from urllib.parse import quote
 import numpy as np
 
 from tools.claim import Claim, estimate, score
-from tools.runs import FinishedRun, Table, label_of, pretraining_label, setting_of
+from tools.runs import (
+    FinishedRun,
+    Table,
+    label_of,
+    network_of,
+    pretraining_label,
+    setting_of,
+    size_of,
+    tuning_of,
+)
 from utils import InputError, write_atomically
 
 CURVES = {"loss": "training loss", "miou": "mIoU %", "pixel_accuracy": "pixel accuracy %"}
@@ -68,10 +77,10 @@ def draw_figures(runs: list[FinishedRun], log_dir: str) -> list[str]:
 
 
 def lines_of(runs: list[FinishedRun]) -> dict[str, dict[str, list[FinishedRun]]]:
-    """Fine-tunings by setting, then by pre-training."""
+    """Fine-tunings with a curve by setting, then by pre-training."""
     panels = {}
     for run in runs:
-        if run.segments:
+        if run.segments and run.points("miou"):
             panels.setdefault(setting_of(run), {}).setdefault(label_of(run), []).append(run)
     return panels
 
@@ -107,27 +116,33 @@ def draw_band(axis: object, curves: list[dict[int, float]], label: str) -> None:
 
 
 def sizes_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
-    """mIoU over the number of training images, where runs differ in it."""
-    lines = {}
+    """A panel a setting: mIoU over the number of training images, where runs differ in it."""
+    panels = {}
     for run in runs:
-        count = run.options.get("train_size")
-        if run.segments and count and not run.options["freeze_encoder"]:
-            points = lines.setdefault((run.options["encoder"], label_of(run)), {})
-            points.setdefault(count, []).append(score(run))
-    lines = {key: points for key, points in lines.items() if len(points) > 1}
-    if not lines:
+        if run.segments and run.options["train_size"]:
+            rate = f"{run.options['steps']} steps at {run.options['learning_rate']:g}"
+            facts = [run.options["data"], network_of(run), tuning_of(run), size_of(run), rate]
+            lines = panels.setdefault(", ".join(facts), {})
+            points = lines.setdefault(label_of(run), {})
+            points.setdefault(run.options["train_size"], []).append(score(run))
+    panels = {title: lines for title, lines in panels.items() if max(map(len, lines.values())) > 1}
+    if not panels:
         return None
-    figure, axis = pyplot.subplots(layout="constrained", figsize=(7, 4.5))
-    for (encoder, label), points in lines.items():
-        counts = sorted(points)
-        means = [np.mean(points[count]) for count in counts]
-        deviations = [np.std(points[count]) for count in counts]
-        axis.errorbar(counts, means, deviations, label=f"{encoder}, {label}", capsize=3)
-    axis.set(
-        xlabel="training images", ylabel="mIoU %", xscale="log", xticks=counts, xticklabels=counts
+    figure, axes = pyplot.subplots(
+        len(panels), 1, squeeze=False, layout="constrained", figsize=(8, 4.5 * len(panels))
     )
-    axis.minorticks_off()
-    axis.legend()
+    for (axis,), (title, lines) in zip(axes, panels.items()):
+        for label, points in lines.items():
+            counts = sorted(points)
+            means = [np.mean(points[count]) for count in counts]
+            deviations = [np.std(points[count]) for count in counts]
+            axis.errorbar(counts, means, deviations, label=label, capsize=3)
+        ticks = sorted(set().union(*lines.values()))
+        axis.set(xlabel="training images", ylabel="mIoU %", xscale="log")
+        axis.set_xticks(ticks, [str(count) for count in ticks])
+        axis.minorticks_off()
+        axis.set_title(title, loc="left")
+        axis.legend()
     return figure
 
 

@@ -17,7 +17,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-STOPPED = 75
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import utils
+
+STOPPED = utils.STOPPED
 START_UP = 60  # steps that a process takes as long as to start and to evaluate, roughly
 
 
@@ -184,7 +187,7 @@ def score_of(job: Job) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = utils.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
@@ -194,4 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    utils.run_main(main)

@@ -64,6 +64,9 @@ class FinishedRun:
         ]
 
 
+Cell = dict[int, FinishedRun]  # the runs of one experiment, by seed
+
+
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -146,15 +149,17 @@ def is_named(name: str) -> bool:
     return re.fullmatch(r"(\w+_)?seg_.+_(all|frozen)_n(\d+|all)(_.+)?_seed\d+", name) is not None
 
 
+def tuning_of(run: FinishedRun) -> str:
+    """What is trained, and what is done as the authors' release does it."""
+    tuned = ["frozen" if run.options["freeze_encoder"] else "all"]
+    return ", ".join(tuned + [flag for flag in RELEASE_OPTIONS if run.options.get(flag)])
+
+
 def setting_of(run: FinishedRun) -> str:
-    """What a figure's panel or a group of other runs has in common."""
-    options = run.options
-    tuned = ["frozen" if options["freeze_encoder"] else "all"]
-    tuned += [flag for flag in RELEASE_OPTIONS if options.get(flag)]
-    images = f"{options['train_size'] or 'all'} images"
-    return ", ".join(
-        [options["data"], network_of(run), *tuned, images, size_of(run), schedule_of(run)]
-    )
+    """What a panel of curves or a group of other runs has in common."""
+    images = f"{run.options['train_size'] or 'all'} images"
+    facts = [run.options["data"], network_of(run), tuning_of(run), images, size_of(run)]
+    return ", ".join([*facts, schedule_of(run)])
 
 
 def label_of(run: FinishedRun) -> str:
@@ -169,7 +174,7 @@ def label_of(run: FinishedRun) -> str:
     return run.result["pretraining"] + (", encoder only" if encoder_only else "")
 
 
-def mean_of(cell: dict[int, FinishedRun], key: str = "miou") -> float:
+def mean_of(cell: Cell, key: str = "miou") -> float:
     return (
         float(np.mean([run.result.get(key, math.nan) for run in cell.values()]))
         if cell
@@ -177,7 +182,7 @@ def mean_of(cell: dict[int, FinishedRun], key: str = "miou") -> float:
     )
 
 
-def mean_deviation(cell: dict[int, FinishedRun], key: str) -> str:
+def mean_deviation(cell: Cell, key: str) -> str:
     """Mean ± deviation over seeds, "–" without a run."""
     values = [run.result[key] for run in cell.values() if run.result.get(key) is not None]
     if not values:

@@ -12,7 +12,6 @@ import csv
 import fnmatch
 import importlib.util
 import io
-import math
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tools import report
 from tools.claim import claim_tables
 from tools.runs import (
+    Cell,
     FinishedRun,
     Table,
     by_stem,
@@ -223,10 +223,8 @@ def read_layouts(text: str) -> list[Layout]:
     return layouts
 
 
-def find_cell(
-    stems: dict[str, list[FinishedRun]], pattern: str, init: str
-) -> dict[int, FinishedRun]:
-    """The runs of a cell by their seed. "train:" takes the scores on the training images."""
+def find_cell(stems: dict[str, list[FinishedRun]], pattern: str, init: str) -> Cell:
+    """The runs of a cell. "train:" takes the scores on the training images."""
     name = pattern.removeprefix("train:").replace("{}", init)
     cell = {}
     for stem in fnmatch.filter(stems, name):
@@ -238,28 +236,9 @@ def find_cell(
     return cell
 
 
-def gain(
-    cell: dict[int, FinishedRun], baseline: dict[int, FinishedRun], key: str = "miou"
-) -> float:
-    """Mean difference over the seeds that both have; nan without one."""
-    shared = cell.keys() & baseline.keys()
-    if not shared:
-        return math.nan
-    return float(np.mean([cell[seed].result[key] - baseline[seed].result[key] for seed in shared]))
-
-
-def with_paper(text: str, paper: str) -> str:
-    return text if paper == "-" else f"{text} [{paper}]"
-
-
-def signed(value: float, digits: int = 1) -> str:
-    return "" if math.isnan(value) else f"{value:+.{digits}f}"
-
-
-def cells_of(
-    layout: Layout, stems: dict[str, list[FinishedRun]]
-) -> dict[tuple[str, str], dict[int, FinishedRun]]:
+def find_cells(layout: Layout, runs: list[FinishedRun]) -> dict[tuple[str, str], Cell]:
     """The runs of each (column, pre-training); a column "best" repeats the best of the others."""
+    stems = by_stem(runs)
     cells = {}
     for init, _, _ in layout.rows:
         for column, pattern in layout.columns.items():
@@ -271,41 +250,65 @@ def cells_of(
     return cells
 
 
+def gain(cell: Cell, baseline: Cell) -> str:
+    """Mean difference in mIoU over the seeds that both have."""
+    shared = cell.keys() & baseline.keys()
+    if cell is baseline or not shared:
+        return ""
+    differences = [cell[seed].result["miou"] - baseline[seed].result["miou"] for seed in shared]
+    return f"{np.mean(differences):+.1f}"
+
+
+def with_paper(text: str, paper: str) -> str:
+    return text if paper == "-" else f"{text} [{paper}]"
+
+
 def paper_table(layout: Layout, runs: list[FinishedRun], gaps: bool) -> Table | None:
     """Our scores with the paper's in brackets; None without a run, unless gaps are asked for."""
-    cells = cells_of(layout, by_stem(runs))
+    cells = find_cells(layout, runs)
     members = [run for cell in cells.values() for run in cell.values()]
     if not members and not gaps:
         return None
-    released = any("release_miou" in run.result for run in members) and layout.key != "core"
+    has_paper = any(set(papers) != {"-"} for _, _, papers in layout.rows)
+    on_kitti = all(run.options["data"] in ("kitti", "synthetic") for run in members)
+    released = has_paper and on_kitti and any("release_miou" in run.result for run in members)
     rows = []
-    for position, (column, pattern) in enumerate(layout.columns.items()):
+    for place, (column, pattern) in enumerate(layout.columns.items()):
         frozen = "frozen" in pattern
         baseline = cells.get((column, "calibrated" if frozen else "none"), {})
         for init, label, papers in layout.rows:
             cell = cells[column, init]
-            if not cell and (not gaps or (init == "calibrated" and not frozen)):
-                continue
-            miou, accuracy = (papers[position].split("/") + ["-"])[:2]
-            row = [column, label, str(len(cell)), mean_deviation(cell, "miou")]
-            against = signed(gain(cell, baseline)) if cell is not baseline else ""
-            if released:
-                score = mean_deviation(cell, "release_miou")
-                row += [against, with_paper(score, miou)]
-            else:
-                row[-1] = with_paper(row[-1], miou)
-                row.append(against)
-            rows.append([*row, with_paper(mean_deviation(cell, "pixel_accuracy"), accuracy)])
-    bracket = "" if layout.key == "core" else " [paper]"
-    header = [" ", "pre-training", "seeds", "mIoU %", "against None", "P.Acc %" + bracket]
+            is_job = frozen or init != "calibrated"
+            if cell or (gaps and is_job):
+                scores = scores_of(cell, papers[place], released)
+                rows.append([column, label, str(len(cell)), *scores, gain(cell, baseline)])
+    bracket = " [paper]" if has_paper else ""
+    header = [
+        " ",
+        "pre-training",
+        "seeds",
+        f"mIoU %{bracket}",
+        f"P.Acc %{bracket}",
+        "mIoU against None",
+    ]
     if released:
-        header.insert(5, "release's score %" + bracket)
-    else:
-        header[3] += bracket
+        header[3:4] = ["mIoU %", f"release's score %{bracket}"]
+    if not any(row[-1] for row in rows):  # nothing to compare with
+        header, *rows = [row[:-1] for row in (header, *rows)]
     table = Table(layout.title, header, rows, table_notes(layout, members, runs, released))
     if layout.key == "table1":
         table.below = claims(cells)
     return table
+
+
+def scores_of(cell: Cell, paper: str, released: bool) -> list[str]:
+    """mIoU, the release's score where there is one, and pixel accuracy, beside the paper's."""
+    miou, accuracy = (paper.split("/") + ["-"])[:2]
+    ours = mean_deviation(cell, "miou")
+    scores = [with_paper(ours, miou)]
+    if released:
+        scores = [ours, with_paper(mean_deviation(cell, "release_miou"), miou)]
+    return [*scores, with_paper(mean_deviation(cell, "pixel_accuracy"), accuracy)]
 
 
 def table_notes(
@@ -315,59 +318,48 @@ def table_notes(
     notes = [shared_facts(members, runs)] if members else []
     if released:
         notes.append(
-            "mIoU: 19 classes, from one confusion matrix of all images. Release's score: 7 classes, mean over "
-            "images; the paper's mIoU in brackets is of that kind."
+            "mIoU: 19 classes, from one confusion matrix of all images. Release's score: 7 classes, "
+            "mean over images; the paper's mIoU in brackets is of that kind."
         )
     if any("frozen" in pattern for pattern in layout.columns.values()):
         notes.append(
             "Against None: mean difference over shared seeds; frozen rows against None, calibrated."
         )
-    data = {run.options["data"] for run in members}
-    if layout.key != "core" and "synthetic" in data:
-        notes.append(
-            "These runs are on the synthetic street; the brackets are the paper's, on its own data."
-        )
+    if layout.key != "core" and any(run.options["data"] == "synthetic" for run in members):
+        notes.append("These runs are on the synthetic street, the paper's numbers on its own data.")
     return notes
 
 
-def claims(cells: dict[tuple[str, str], dict[int, FinishedRun]]) -> list[str]:
+def claims(cells: dict[tuple[str, str], Cell]) -> list[str]:
     """Two claims of the text, computed from Table 1's cells."""
-
-    def difference(
-        left: dict[int, FinishedRun], right: dict[int, FinishedRun]
-    ) -> tuple[float, ...]:
-        return tuple(
-            mean_of(left, key) - mean_of(right, key)
-            for key in ("miou", "release_miou", "pixel_accuracy")
-        )
-
-    def sentence(name: str, values: tuple[float, ...], paper: str) -> list[str]:
-        miou, release, accuracy = values
-        if math.isnan(miou):
-            return []
-        released = "" if math.isnan(release) else f" (release's score {release:+.2f})"
-        return [f"{name}: mIoU {miou:+.2f}{released}, P.Acc {accuracy:+.2f} [{paper}]."]
-
     best = difference(cells["ResNet50", "depth"], cells["DeepLabV3", "imagenet"])
-    lines = sentence(
-        "Best practice (Depth, ResNet50) against common practice (ImageNet, DeepLabV3)",
-        best,
-        "+7.53 / +4.68",
-    )
-    columns = [
-        column
-        for column, init in cells
-        if init == "depth" and cells[column, "depth"] and cells[column, "imagenet"]
-    ]
-    if columns:
-        each = [difference(cells[column, "depth"], cells[column, "imagenet"]) for column in columns]
-        mean = tuple(np.mean(each, 0).tolist())
-        lines += sentence(
-            f"Depth against ImageNet, mean of {', '.join(columns)}",
-            mean,
-            "+5.8 / +5.2; the paper's own cells give +6.2 / +4.3",
-        )
-    return lines
+    common = "Best practice (Depth, ResNet50) against common practice (ImageNet, DeepLabV3)"
+    lines = [claim_line(common, best, "+7.53 / +4.68")]
+    columns = [column for column, init in cells if init == "depth"]
+    each = {
+        column: difference(cells[column, "depth"], cells[column, "imagenet"]) for column in columns
+    }
+    each = {column: values for column, values in each.items() if not np.isnan(values[0])}
+    if each:
+        mean = np.mean(list(each.values()), 0)
+        name = f"Depth against ImageNet, mean of {', '.join(each)}"
+        paper = "+5.8 / +5.2; the paper's own cells give +6.2 / +4.3"
+        lines.append(claim_line(name, mean, paper))
+    return [line for line in lines if line]
+
+
+def difference(left: Cell, right: Cell) -> np.ndarray:
+    """Of the means of mIoU, the release's score and pixel accuracy."""
+    keys = ("miou", "release_miou", "pixel_accuracy")
+    return np.array([mean_of(left, key) - mean_of(right, key) for key in keys])
+
+
+def claim_line(name: str, values: np.ndarray, paper: str) -> str:
+    miou, release, accuracy = values
+    if np.isnan(miou):
+        return ""
+    released = "" if np.isnan(release) else f" (release's score {release:+.2f})"
+    return f"{name}: mIoU {miou:+.2f}{released}, P.Acc {accuracy:+.2f} [{paper}]."
 
 
 def steps_table(runs: list[FinishedRun]) -> Table | None:
