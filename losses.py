@@ -35,7 +35,7 @@ def masked_mean(values: Tensor, mask: Tensor, dim=None) -> Tensor:
 
 
 def mean_over_scales(values: list[Tensor]) -> Tensor:
-    """Mean of one value a scale, finest first, with weights 1, 1/2, 1/4, ..."""
+    """Mean of one value per scale, finest first, with weights 1, 1/2, 1/4, ..."""
     values = torch.stack(values)
     weights = 0.5 ** torch.arange(len(values), device=values.device)
     return (values * weights).sum() / weights.sum()

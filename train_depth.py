@@ -30,7 +30,8 @@ from utils import InputError, within
 INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
 CHANNELS = {"depth": 1, "flow": 2, "reconstruction": 3}
 # Monodepth2's range, 0.1 to 100; it takes KITTI's baseline for 0.1, so its unit is 5.4 m
-RANGES = {"mono": (0.1, 100.0), "stereo": (0.54, 540.0), "mono+stereo": (0.54, 540.0), "depth": (1.0, 100.0)}
+RANGES = {"mono": (0.1, 100.0), "stereo": (0.54, 540.0), "mono+stereo": (0.54, 540.0),
+          "depth": (1.0, 100.0)}
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     add("--task", choices=("depth", "flow", "reconstruction"), default="depth")
     add("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
         help="of depth: neighbouring frames, the other camera, both, or measured depth")
-    add("--frame_ids", type=within(int, -1000, 1000), nargs="+",
+    add("--frame_ids", type=int, nargs="+",
         help="target 0, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
     add("--intrinsics", choices=("given", "learned"), default="given",
         help="learned: estimate each camera's K together with depth and pose (mono only)")
@@ -49,7 +50,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
         help="random crops (Table 5, Depth-cropped: 256 256)")
     add("--min_depth", type=within(float, 1e-6), help="default: 0.1; stereo 0.54 m, LiDAR 1 m")
     add("--max_depth", type=within(float, 1e-6), help="default: 100; stereo 540 m, LiDAR 100 m")
-    add("--smoothness", type=within(float, 0), help="weight (default: 1e-3; flow 2)")
+    add("--smoothness", type=float, help="weight (default: 1e-3; flow 2)")
     add("--reconstruction", choices=("paper", "release"), default="paper",
         help="paper: rectangles removed, L1 there; release: 7x7 patches removed, L1 everywhere")
     add("--monodepth2", action="store_true", help="Monodepth2's start of depth and image border")
@@ -58,8 +59,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=("unet", "deeplabv3", "dpt"), default="unet", help="paper: unet")
-    add("--encoder", choices=networks.ENCODERS, default="resnet18", metavar="NAME",
-        help=f"one of {', '.join(networks.ENCODERS)}")
+    add("--encoder", choices=networks.ENCODERS, default="resnet18", help="vit: size and patch")
     add("--output_stride", type=int, choices=(8, 16), default=8, help="of deeplabv3 (Table 5: 16)")
     add("--init", default="none", help="none, imagenet, a run folder, or a checkpoint file")
     add("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads")
@@ -199,11 +199,11 @@ class Objective(nn.Module):
         motion_scale = 1.0
         if self.intrinsics is not None:
             K, motion_scale = self.intrinsics(K, batch["camera"], batch["mirrored"])
-        target = jittered[:, 0]
+        target, *sources = jittered.unbind(1)
         poses = []
-        for i, offset in enumerate(self.args.frame_ids[1:], start=1):
+        for source, offset in zip(sources, self.args.frame_ids[1:]):
             # the pose network sees a pair in temporal order; a past source needs the inverse
-            pair = (jittered[:, i], target) if offset < 0 else (target, jittered[:, i])
+            pair = (source, target) if offset < 0 else (target, source)
             with self.autocast():
                 axisangle, translation = self.pose(*pair)
             motion = (motion_scale * axisangle, motion_scale * translation)

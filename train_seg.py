@@ -54,8 +54,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=("unet", "deeplabv3", "dpt", "linear"), default="unet",
         help="unet: the depth network with a new last layer; linear: a probe of a frozen encoder")
-    add("--encoder", choices=networks.ENCODERS, default="resnet18", metavar="NAME",
-        help=f"one of {', '.join(networks.ENCODERS)}")
+    add("--encoder", choices=networks.ENCODERS, default="resnet18", help="vit: size and patch")
     add("--output_stride", type=int, choices=(8, 16), default=8, help="of deeplabv3 (Table 5: 16)")
     add("--dpt_layers", choices=("spread", "last"), default="spread",
         help="blocks that DPT reads: spread over the depth, or the last four")

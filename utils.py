@@ -341,6 +341,7 @@ class Run:
             for key, value in moments.items():  # fused Adam needs the parameter's memory format
                 if value.shape == parameter.shape:
                     moments[key] = torch.empty_like(parameter).copy_(value)
+        print(f"continues at step {self.checkpoint['step']}")
         return self.checkpoint["step"]
 
     def save(self, step: int, options: dict, optimizer: torch.optim.Optimizer,
@@ -368,13 +369,13 @@ def read_last(path: str) -> dict | None:
     for file in found:
         try:
             checkpoint = read_tensors(file)
-        except InputError as error:
-            print(error)
-            continue
+        except InputError:
+            checkpoint = {}
         if all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
             if file == older:
-                os.replace(older, path)  # the checkpoint before the damaged one
+                os.replace(older, path)
             return checkpoint
+        print(f"{file} is damaged, or no checkpoint of a run")
     if found:
         raise InputError(f"{path} is damaged, or no checkpoint of a run: delete it to start again")
     return None
