@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (  # noqa: F401  (world and runs are fixtures)
+from conftest import (
     FINE_TUNING,
     PRETRAINING,
     ROOT,
@@ -63,7 +63,7 @@ def assert_run_folder(folder: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("kind", PRETRAINING)
-def test_pretraining(runs, kind):  # noqa: F811
+def test_pretraining(runs, kind):
     options, terms = PRETRAINING[kind]
     folder = runs.pretrained(kind)
     steps = options[options.index("--steps") + 1]
@@ -82,20 +82,22 @@ def test_pretraining(runs, kind):  # noqa: F811
             assert 0 < change < 1e-3, name  # everything trains, in steps of Adam
 
 
-def test_the_learning_rate_drops(runs):  # noqa: F811
+def test_the_learning_rate_drops(runs):
     """Ten times lower after three quarters of the steps, or wherever the options say."""
     rates = [record["learning_rate"] for record in read_log(runs.pretrained("mono"))]
     assert rates == pytest.approx([1e-4, 1e-4, 1e-4, 1e-5])
     drops = ["--learning_rate_drop", "0.5", "0.75", "--learning_rate_factor", "0.5", "0.25"]
     args = train_depth.parse_options([*drops, "--steps", "4"])
-    assert [train_depth.learning_rate(args, step) for step in range(4)] == pytest.approx([1e-4, 1e-4, 5e-5, 2.5e-5])
+    assert [train_depth.learning_rate(args, step) for step in range(4)] == pytest.approx(
+        [1e-4, 1e-4, 5e-5, 2.5e-5]
+    )
 
 
 @pytest.mark.parametrize("module", (train_depth, train_seg))
-def test_a_stopped_run_continues(runs, tmp_path, monkeypatch, module):  # noqa: F811
+def test_a_stopped_run_continues(runs, tmp_path, monkeypatch, module):
     """Stopped after the second step as by a signal; the same command ends with the same bits."""
     if module is train_depth:
-        folder, options = runs.pretrained("mono"), runs.pretraining_options("mono", tmp_path)
+        folder, options = runs.pretrained("depth"), runs.pretraining_options("depth", tmp_path)
     else:
         folder, options = runs.fine_tuned("all"), runs.fine_tuning_options("all", tmp_path)
     log = utils.Run.log
@@ -116,7 +118,7 @@ def test_a_stopped_run_continues(runs, tmp_path, monkeypatch, module):  # noqa: 
 
 
 @pytest.mark.parametrize("kind", FINE_TUNING)
-def test_fine_tuning(runs, kind):  # noqa: F811
+def test_fine_tuning(runs, kind):
     folder = runs.fine_tuned(kind)
     assert_run_folder(folder, 4 if kind == "all" else 2)
     result = read_json(folder, "result.json")
@@ -135,7 +137,7 @@ def test_fine_tuning(runs, kind):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ("frozen", "all", "encoder"))
-def test_a_frozen_encoder_stays_as_it_was(runs, kind):  # noqa: F811
+def test_a_frozen_encoder_stays_as_it_was(runs, kind):
     """Bit by bit, batch-norm statistics included. Without freezing, everything moves."""
     before = read_weights(runs.pretrained("mono"))
     after = read_weights(runs.fine_tuned(kind))
@@ -147,19 +149,19 @@ def test_a_frozen_encoder_stays_as_it_was(runs, kind):  # noqa: F811
 
 
 ARCHITECTURES = (
-    ("deeplabv3", "resnet18", ("--optimizer", "sgd", "--schedule", "poly", "--crop", 64, 64, "--eval_mode", "slide")),
-    ("unet", "efficientnet_lite0", ("--jitter", 0.5, "--scale", 0.5, 2, "--crop", 64, 64, "--clip_gradients", 1)),
-    ("dpt", "vit_s16", ("--optimizer", "adamw", "--warmup_steps", 1, "--width", 64)),
-    ("linear", "resnet18", ("--calibrate_batch_norm",)),
+    "--arch deeplabv3 --optimizer sgd --schedule poly --crop 64 64 --eval_mode slide",
+    "--encoder efficientnet_lite0 --jitter 0.5 --scale 0.5 2 --crop 64 64 --clip_gradients 1",
+    "--arch dpt --encoder vit_s16 --optimizer adamw --warmup_steps 1 --width 64",
+    "--arch linear --calibrate_batch_norm",
 )
 
 
-@pytest.mark.parametrize(("arch", "encoder", "options"), ARCHITECTURES, ids=lambda value: str(value))
-def test_every_architecture(monkeypatch, world, tmp_path, arch, encoder, options):  # noqa: F811
+@pytest.mark.parametrize("options", ARCHITECTURES)
+def test_every_architecture(monkeypatch, world, tmp_path, options):
     """Fine-tunes, and evaluate.py finds the score that training reported."""
     monkeypatch.setitem(networks.VITS, "vit_s16", (16, 5, 6, 384))  # five blocks instead of twelve
-    network = ("--data_path", world, *SMALL, "--steps", 1, "--arch", arch, "--encoder", encoder)
-    call(train_seg, *network, *options, "--log_dir", tmp_path, "--name", "run", expect=0)
+    shared = ("--data_path", world, *SMALL, "--steps", 1, "--log_dir", tmp_path, "--name", "run")
+    call(train_seg, *shared, *options.split(), expect=0)
     folder = tmp_path / "run"
     call(evaluate, "seg", "--weights", folder, "--data_path", world, "--output", folder, expect=0)
     again = read_json(folder, "segmentation.json")
@@ -170,7 +172,7 @@ def test_every_architecture(monkeypatch, world, tmp_path, arch, encoder, options
 
 
 @pytest.mark.parametrize("kind", ("mono", "stereo"))
-def test_evaluate_depth(runs, tmp_path, kind):  # noqa: F811
+def test_evaluate_depth(runs, tmp_path, kind):
     """Monocular networks by the ratio of medians, metric ones as they are."""
     data = ("--data", "synthetic", "--data_path", runs.world, "--frames", "0:4")
     weights = runs.pretrained(kind)
@@ -182,7 +184,7 @@ def test_evaluate_depth(runs, tmp_path, kind):  # noqa: F811
         assert f"{scores[metric]:.4f}" in result.out
 
 
-def test_evaluate_seg(runs, tmp_path):  # noqa: F811
+def test_evaluate_seg(runs, tmp_path):
     """A saved segmenter scores what its training reported."""
     folder = runs.fine_tuned("all")
     data = ("--data_path", runs.world)
@@ -194,14 +196,16 @@ def test_evaluate_seg(runs, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ("depth", "segmentation"))
-def test_predict(runs, tmp_path, kind):  # noqa: F811
+def test_predict(runs, tmp_path, kind):
     """Pictures of any size, each at its own size."""
     folder = runs.pretrained("mono") if kind == "depth" else runs.fine_tuned("all")
     sizes = {"a": (133, 75), "b": (50, 33)}
     for name, (width, height) in sizes.items():
         write_image(tmp_path / f"{name}.png", height, width)
     pictures = [tmp_path / f"{name}.png" for name in sizes]
-    call(evaluate, "predict", *pictures, "--weights", folder, "--output", tmp_path / "out", expect=0)
+    call(
+        evaluate, "predict", *pictures, "--weights", folder, "--output", tmp_path / "out", expect=0
+    )
     for name, size in sizes.items():
         made = sorted((tmp_path / "out").glob(f"{name}*.png"))
         assert len(made) == 2  # in colour, and as numbers
@@ -209,10 +213,20 @@ def test_predict(runs, tmp_path, kind):  # noqa: F811
 
 
 @pytest.mark.parametrize("command", ("grid", "gradcam"))
-def test_pictures_of_several_models(runs, tmp_path, command):  # noqa: F811
+def test_pictures_of_several_models(runs, tmp_path, command):
     models = (runs.fine_tuned("none"), runs.fine_tuned("all"))
     output = tmp_path / "picture.png"
-    call(evaluate, command, "--weights", *models, "--data_path", runs.world, "--output", output, expect=0)
+    call(
+        evaluate,
+        command,
+        "--weights",
+        *models,
+        "--data_path",
+        runs.world,
+        "--output",
+        output,
+        expect=0,
+    )
     picture = np.asarray(Image.open(output))
     assert picture.shape[1] > 4 * 96 and picture.std() > 5  # image, label, two models
 
@@ -229,42 +243,43 @@ def test_street(tmp_path):
     size = ("--drives", 1, "--frames", 1, "--labelled", 1, "--height", 64, "--width", 64)
     for name in ("one", "two"):
         call(tool("street"), "--data_path", tmp_path / name, *size, expect=0)
-    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*") if path.is_file()]
+    files = [
+        path.relative_to(tmp_path / "one")
+        for path in (tmp_path / "one").rglob("*.*")
+        if path.is_file()
+    ]
     assert len(files) > 5
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     assert_one_line(call(tool("street"), "--data_path", tmp_path / "one", *size), "exists")
 
 
-@pytest.mark.parametrize("options", (("--labels",), ("--frame_ids", 0, -1, 1)), ids=("labels", "clips"))
-def test_check_data(world, tmp_path, options):  # noqa: F811
+@pytest.mark.parametrize(
+    "options", (("--labels",), ("--frame_ids", 0, -1, 1)), ids=("labels", "clips")
+)
+def test_check_data(world, tmp_path, options):
     sheet = tmp_path / "contact.png"
     data = ("--data", "synthetic", "--data_path", world, "--height", 64, "--width", 128)
     call(tool("check_data"), *data, *options, "--output", sheet, expect=0)
     assert Image.open(sheet).width > 128
 
 
-def test_tables(runs):  # noqa: F811
+def test_tables(runs):
     miou = read_json(runs.fine_tuned("none"), "result.json")["miou"]
     result = call(tool("tables"), "--log_dir", runs.folder, "--figures", "--page", expect=0)
     assert f"{miou:.1f}" in result.out
     assert Path(runs.folder, "index.html").exists()
 
 
-@pytest.mark.parametrize("command", ("step", "seg", "loader"))
-def test_bench(command):
+def test_bench():
     """The last line is one JSON object."""
     size = ("--height", 64, "--width", 96, "--batch_size", 2, "--steps", 1)
-    result = call(tool("bench"), command, *size, expect=0)
+    result = call(tool("bench"), "step", *size, expect=0)
     assert isinstance(json.loads(result.out.strip().splitlines()[-1]), dict)
 
 
-@pytest.mark.parametrize("suffix", ("pt2", "onnx"))
-def test_export(runs, tmp_path, suffix):  # noqa: F811
-    """The exported network says what the network says."""
-    if suffix == "onnx":
-        pytest.importorskip("onnxscript")
-    path = tmp_path / f"network.{suffix}"
+def test_export(runs, tmp_path):
+    path = tmp_path / "network.pt2"
     call(tool("export"), "--weights", runs.fine_tuned("none"), "--output", path, expect=0)
     assert path.stat().st_size > 2**20
 
@@ -284,13 +299,14 @@ def test_help_and_an_error_of_each_script(tmp_path):
 
 def test_from_the_shell(tmp_path):
     """A script in a process of its own, from another folder: exit code 2 and one line."""
-    command = [sys.executable, str(ROOT / "train_depth.py"), "--data_path", "nowhere", "--data", "kitti"]
+    command = [sys.executable, str(ROOT / "train_depth.py"), "--data", "kitti"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
 
 
 def test_run_all_lists_its_experiments():
-    done = subprocess.run(["bash", str(ROOT / "run_all.sh"), "list"], capture_output=True, text=True, check=True)
-    commands = [line for line in done.stdout.splitlines() if "train_" in line]
-    assert len(commands) > 5
+    command = ["bash", str(ROOT / "run_all.sh"), "list"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert listing.count("train_depth.py") > 1 and listing.count("train_seg.py") > 5

@@ -39,18 +39,18 @@ RANGES = {"mono": (0.1, 100.0), "stereo": (0.54, 540.0), "mono+stereo": (0.54, 5
 def parse_options(argv: list[str] | None = None) -> Namespace:
     parser = utils.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to learn").add_argument
-    add("--task", choices=("depth", "flow", "reconstruction"), default="depth")
+    add("--task", choices=("depth", "flow", "reconstruction"), default="depth", help="Section 4.1")
     add("--supervision", choices=("mono", "stereo", "mono+stereo", "depth"), default="mono",
         help="of depth: neighbouring frames, the other camera, both, or measured depth")
-    add("--frame_ids", type=int, nargs="+",
+    add("--frame_ids", type=within(int, -1000, 1000), nargs="+",
         help="target 0, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
     add("--intrinsics", choices=("given", "learned"), default="given",
         help="learned: estimate each camera's K together with depth and pose (mono only)")
-    add("--crop", type=within(int, 64, 8192), nargs=2, metavar=("H", "W"),
-        help="random crops (Table 5, Depth-cropped: 256 256)")
+    add("--crop", type=within(int, 64, 8192), nargs=2,
+        help="height and width of random crops (Table 5, Depth-cropped: 256 256)")
     add("--min_depth", type=within(float, 1e-6), help="default: 0.1; stereo 0.54 m, LiDAR 1 m")
     add("--max_depth", type=within(float, 1e-6), help="default: 100; stereo 540 m, LiDAR 100 m")
-    add("--smoothness", type=float, help="weight (default: 1e-3; flow 2)")
+    add("--smoothness", type=within(float, 0), help="weight (default: 1e-3; flow 2)")
     add("--reconstruction", choices=("paper", "release"), default="paper",
         help="paper: rectangles removed, L1 there; release: 7x7 patches removed, L1 everywhere")
     add("--monodepth2", action="store_true", help="Monodepth2's start of depth and image border")
@@ -163,7 +163,7 @@ class Objective(nn.Module):
             parts |= module.parts()
         return parts
 
-    def forward(self, batch: dict[str, Tensor]) -> losses.Results:
+    def forward(self, batch: dict) -> losses.Results:
         inputs = batch["frames"][:, :len(self.args.frame_ids)]  # no network sees the other camera
         jittered = batches.color_jitter(inputs, batch["jitter"])  # (B, F, 3, H, W)
         if self.args.task == "flow":

@@ -1,6 +1,6 @@
 """What the tests share: a tiny street to train on, folders of small images, and scripts run in this process.
 
-    from conftest import call, write_frames
+from conftest import call, write_frames
 """
 
 import os
@@ -68,7 +68,9 @@ def call(module: ModuleType, *options: object, expect: int | None = None) -> Res
     Raises AssertionError with all output if the exit code is not `expect`.
     """
     arguments = [f"{module.__name__}.py", *map(str, options)]
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
+    streams = [
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
@@ -108,7 +110,9 @@ def assert_one_line(result: Result, *words: str) -> None:
     assert result.code == 2, result
     lines = result.err.replace("\r", "\n").splitlines()
     lines = [line for line in lines if line.strip()]
-    lines = [line for line in lines if "it/s" not in line and "s/it" not in line and "?it" not in line]
+    lines = [
+        line for line in lines if "it/s" not in line and "s/it" not in line and "?it" not in line
+    ]
     assert len(lines) == 1, result
     assert lines[0].startswith("error: "), result
     for word in words:
@@ -211,7 +215,9 @@ def write_png(path: object, array: np.ndarray) -> str:
     return str(path)
 
 
-def write_frames(folder: object, count: int = 6, suffix: str = "jpg", intrinsics: str | None = "60 60 47.5 31.5") -> str:
+def write_frames(
+    folder: object, count: int = 6, suffix: str = "jpg", intrinsics: str | None = "60 60 47.5 31.5"
+) -> str:
     """Frames of one's own: frame1.jpg, frame2.jpg, ... and intrinsics.txt."""
     folder = Path(str(folder))
     for number in range(1, count + 1):
@@ -221,7 +227,9 @@ def write_frames(folder: object, count: int = 6, suffix: str = "jpg", intrinsics
     return str(folder)
 
 
-def write_semantics(folder: object, count: int = 4, ids: tuple = (0, 7, 26), height: int = 64, width: int = 96) -> str:
+def write_semantics(
+    folder: object, count: int = 4, ids: tuple = (0, 7, 26), height: int = 64, width: int = 96
+) -> str:
     """KITTI's semantics layout, labels in blocks of 4x4 pixels with the given raw ids."""
     training = Path(str(folder), "training")
     for index in range(count):
@@ -245,13 +253,27 @@ def truncate(path: object, share: float) -> str:
 
 SMALL = ("--height", 64, "--width", 96, "--batch_size", 2, "--num_workers", 0, "--log_every", 1)
 
+
+def frames_run(folder: Path, *options: object) -> list:
+    """Options of a reconstruction on three frames of one's own, the cheapest run there is."""
+    data = ["--data", "frames", "--data_path", folder / "video", "--task", "reconstruction"]
+    size = ["--height", 64, "--width", 64, "--batch_size", 1, "--steps", 1, "--num_workers", 0]
+    return [*data, *size, "--log_dir", folder / "runs", "--name", "run", "--log_every", 1, *options]
+
+
 PRETRAINING = {  # options of every kind of pre-training, and the loss terms that its log shows
     "mono": (
         ("--supervision", "mono", "--steps", 4, "--save_every", 3),
         {"loss", "photometric", "smoothness", "masked"},
     ),
-    "stereo": (("--supervision", "stereo", "--steps", 3), {"loss", "photometric", "smoothness", "masked"}),
-    "mono+stereo": (("--supervision", "mono+stereo", "--steps", 2), {"loss", "photometric", "smoothness", "masked"}),
+    "stereo": (
+        ("--supervision", "stereo", "--steps", 3),
+        {"loss", "photometric", "smoothness", "masked"},
+    ),
+    "mono+stereo": (
+        ("--supervision", "mono+stereo", "--steps", 2),
+        {"loss", "photometric", "smoothness", "masked"},
+    ),
     "depth": (("--supervision", "depth", "--steps", 3), {"loss"}),
     "flow": (("--task", "flow", "--steps", 3), {"loss", "photometric", "smoothness"}),
     "reconstruction": (("--task", "reconstruction", "--steps", 3), {"loss"}),
@@ -276,12 +298,33 @@ class Runs:
 
     def pretraining_options(self, kind: str, log_dir: object) -> list:
         options, _ = PRETRAINING[kind]
-        return ["--data", "synthetic", "--data_path", self.world, *SMALL, *options, "--name", kind, "--log_dir", log_dir]
+        return [
+            "--data",
+            "synthetic",
+            "--data_path",
+            self.world,
+            *SMALL,
+            *options,
+            "--name",
+            kind,
+            "--log_dir",
+            log_dir,
+        ]
 
     def fine_tuning_options(self, kind: str, log_dir: object) -> list:
         source, options = FINE_TUNING[kind]
         init = self.pretrained(source) if source else "none"
-        shared = ["--data", "synthetic", "--data_path", self.world, *SMALL, "--steps", 2, "--train_size", 4]
+        shared = [
+            "--data",
+            "synthetic",
+            "--data_path",
+            self.world,
+            *SMALL,
+            "--steps",
+            2,
+            "--train_size",
+            4,
+        ]
         return [*shared, "--init", init, *options, "--name", f"seg_{kind}", "--log_dir", log_dir]
 
     def pretrained(self, kind: str) -> str:

@@ -86,7 +86,6 @@ def test_paper_s_schedule(kitti):
         learning_rate_factor=[0.1],
         frame_ids=[0, -1, 1],
         smoothness=1e-3,
-        no_automask=False,
         min_depth=0.54,
     )
     assert_options(kitti["depthrand_resnet50"], init="none", encoder="resnet50")

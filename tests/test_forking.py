@@ -93,7 +93,9 @@ def test_a_new_encoder(tmp_path, world):
     folder = forked("A new encoder", tmp_path)
     _, commands = example("A new encoder")
     for number, command in enumerate(commands):
-        run_forked(folder, command, "--data_path", world, "--log_dir", tmp_path, "--name", f"run{number}")
+        run_forked(
+            folder, command, "--data_path", world, "--log_dir", tmp_path, "--name", f"run{number}"
+        )
         assert read_json(tmp_path, f"run{number}", "result.json")["step"] == 1
 
 
@@ -119,4 +121,6 @@ def test_a_new_pretraining_task(tmp_path, world):
     assert (tmp_path / "run" / "samples" / "000001.png").exists()
     command = [str(tmp_path / "run") if word == "runs/NAME" else word for word in tune]
     run_forked(folder, command, *shared, "--name", "tuned")
-    assert read_json(tmp_path, "tuned", "result.json")["pretraining"].startswith("Colour on synthetic")
+    assert read_json(tmp_path, "tuned", "result.json")["pretraining"].startswith(
+        "Colour on synthetic"
+    )

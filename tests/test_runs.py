@@ -1,7 +1,7 @@
 """A run can be trusted: killed, stopped, shared among processes, on a full disk, or begun by older code.
 
-    python -m pytest tests/test_runs.py
-    KILLS=20 python -m pytest tests/test_runs.py -k killed     # more kills for every task
+python -m pytest tests/test_runs.py
+KILLS=20 python -m pytest tests/test_runs.py -k killed     # more kills for every task
 """
 
 import contextlib
@@ -30,18 +30,16 @@ from conftest import (
     assert_one_line,
     assert_same_runs,
     call,
-    differing,
+    frames_run,
     read_json,
     read_log,
     read_weights,
     truncate,
     write_frames,
-    write_image,
     write_semantics,
 )
 
 import evaluate
-import metrics
 import networks
 import train_depth
 import train_seg
@@ -56,7 +54,9 @@ TASKS = ("mono", "stereo", "depth", "flow", "reconstruction", "segmentation")
 
 # ------------------------------------------------------------------------------------ scripts as processes
 
-FORKS = multiprocessing.get_context("forkserver")  # torch is imported once, in a process that forks the others
+FORKS = multiprocessing.get_context(
+    "forkserver"
+)  # torch is imported once, in a process that forks the others
 FORKS.set_forkserver_preload(["test_runs"])
 
 
@@ -66,7 +66,14 @@ class Process:
     environment: variables that torchrun would set; fixed_statistics: see `use_fixed_statistics`.
     """
 
-    def __init__(self, script: str, options: list, output: Path, environment: dict, fixed_statistics: bool = False):
+    def __init__(
+        self,
+        script: str,
+        options: list,
+        output: Path,
+        environment: dict,
+        fixed_statistics: bool = False,
+    ):
         self.output = output
         words = [str(option) for option in options]
         arguments = (script, words, str(output), environment, fixed_statistics)
@@ -107,14 +114,18 @@ def no_process_left():
         STARTED.pop().wait(0)
 
 
-def run_forked(script: str, options: list[str], output: str, environment: dict, fixed_statistics: bool) -> None:
+def run_forked(
+    script: str, options: list[str], output: str, environment: dict, fixed_statistics: bool
+) -> None:
     os.setsid()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # loader processes start as they do from the shell
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # loader processes start as they do from the shell
     if fixed_statistics:
         use_fixed_statistics()
     sys.argv = [script, *options]
@@ -135,7 +146,9 @@ def launch(script: str, options: list, folder: Path) -> Process:
     return Process(script, options, folder / "output.txt", {})
 
 
-def launch_two(script: str, options: list, folder: Path, fixed_statistics: bool = False) -> list[Process]:
+def launch_two(
+    script: str, options: list, folder: Path, fixed_statistics: bool = False
+) -> list[Process]:
     """Two processes of one run, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -164,13 +177,6 @@ def training(kind: str, runs, log_dir: Path) -> tuple[str, str, list]:
     if kind == "segmentation":
         return "train_seg.py", runs.fine_tuned("all"), runs.fine_tuning_options("all", log_dir)
     return "train_depth.py", runs.pretrained(kind), runs.pretraining_options(kind, log_dir)
-
-
-def frames_run(folder: Path, *options: object) -> list:
-    """Options of a reconstruction on three frames of one's own, the cheapest run there is."""
-    data = ["--data", "frames", "--data_path", folder / "video", "--task", "reconstruction"]
-    size = ["--height", 64, "--width", 64, "--batch_size", 1, "--steps", 1, "--num_workers", 0]
-    return [*data, *size, "--log_dir", folder / "runs", "--name", "run", "--log_every", 1, *options]
 
 
 @pytest.fixture(scope="session")
@@ -249,7 +255,12 @@ def test_loader_processes_and_the_cache_change_nothing(tmp_path, runs):
     reference = runs.pretrained("mono+stereo")
     variants = {"workers": ("--num_workers", 2), "cache": ("--cache", tmp_path / "cache")}
     for name, options in variants.items():
-        call(train_depth, *runs.pretraining_options("mono+stereo", tmp_path / name), *options, expect=0)
+        call(
+            train_depth,
+            *runs.pretraining_options("mono+stereo", tmp_path / name),
+            *options,
+            expect=0,
+        )
         assert_same_runs(tmp_path / name / "mono+stereo", reference)
 
 
@@ -257,7 +268,16 @@ def test_learned_intrinsics_continue(tmp_path, monkeypatch):
     """Each folder's camera starts from --fov; a stopped run ends with the same bits."""
     for name in ("one", "two"):
         write_frames(tmp_path / "videos" / name, 4, intrinsics=None)
-    data = ("--data", "frames", "--data_path", tmp_path / "videos", "--intrinsics", "learned", "--fov", 90)
+    data = (
+        "--data",
+        "frames",
+        "--data_path",
+        tmp_path / "videos",
+        "--intrinsics",
+        "learned",
+        "--fov",
+        90,
+    )
     options = (*data, *SMALL, "--steps", 4, "--learning_rate", 1e-3, "--log_dir", tmp_path)
     through = call(train_depth, *options, "--name", "through", expect=0)
     cameras = read_json(tmp_path, "through", "result.json")["cameras"]
@@ -306,8 +326,14 @@ def test_a_finished_run_says_so(tmp_path, runs, kind):
 def test_signals_to_the_whole_group(tmp_path, twice):
     """As Ctrl-C or a scheduler sends them, to loader processes too. A second one ends the run at once."""
     write_frames(tmp_path / "video", 3)
-    large = ("--height", 256, "--width", 512) if twice else ()  # steps still run when the second signal comes
-    process = launch("train_depth.py", frames_run(tmp_path, "--steps", 1000, "--num_workers", 2, *large), tmp_path)
+    large = (
+        ("--height", 256, "--width", 512) if twice else ()
+    )  # steps still run when the second signal comes
+    process = launch(
+        "train_depth.py",
+        frames_run(tmp_path, "--steps", 1000, "--num_workers", 2, *large),
+        tmp_path,
+    )
     process.wait_for_records(tmp_path / "runs" / "run", 1)
     os.killpg(process.pid, signal.SIGTERM if twice else signal.SIGINT)
     if twice:
@@ -455,19 +481,37 @@ def test_other_options_are_refused_and_moved_data_continue(unfinished, small_run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ("mono", "mono+stereo", "depth", "flow", "reconstruction", "segmentation"))
+@pytest.mark.parametrize(
+    "kind", ("mono", "mono+stereo", "depth", "flow", "reconstruction", "segmentation")
+)
 def test_two_processes_train_as_one(tmp_path, world, kind):
     """The same losses at every step, whichever process holds the pixels that count; one folder of files."""
     script = "train_seg.py" if kind == "segmentation" else "train_depth.py"
     task = PRETRAINING[kind][0][:2] if kind in PRETRAINING else ()
-    options = ["--data_path", world, *SMALL, "--batch_size", 4, "--steps", 3, *task, "--log_dir", tmp_path]
+    options = [
+        "--data_path",
+        world,
+        *SMALL,
+        "--batch_size",
+        4,
+        "--steps",
+        3,
+        *task,
+        "--log_dir",
+        tmp_path,
+    ]
     together = launch_two(script, [*options, "--name", "two"], tmp_path, fixed_statistics=True)
-    assert [process.wait() for process in together] == [0, 0], [process.text() for process in together]
-    alone = Process(script, [*options, "--name", "one"], tmp_path / "one.txt", {}, fixed_statistics=True)
+    assert [process.wait() for process in together] == [0, 0], [
+        process.text() for process in together
+    ]
+    alone = Process(
+        script, [*options, "--name", "one"], tmp_path / "one.txt", {}, fixed_statistics=True
+    )
     assert alone.wait() == 0, alone.text()
 
     expected, losses = (
-        [record["loss"] for record in read_log(tmp_path / name) if "loss" in record] for name in ("one", "two")
+        [record["loss"] for record in read_log(tmp_path / name) if "loss" in record]
+        for name in ("one", "two")
     )
     assert len(set(expected)) == 3
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
@@ -494,8 +538,27 @@ def test_a_lost_process_ends_the_others_and_the_run_continues(tmp_path):
 @pytest.mark.slow
 def test_torchrun(tmp_path, world):
     """As a user starts it."""
-    options = ["--data_path", world, *SMALL, "--steps", 2, "--log_dir", tmp_path, "--name", "run", "--device", "cpu"]
-    engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = [
+        "--data_path",
+        world,
+        *SMALL,
+        "--steps",
+        2,
+        "--log_dir",
+        tmp_path,
+        "--name",
+        "run",
+        "--device",
+        "cpu",
+    ]
+    engine = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command = [*engine, ROOT / "train_seg.py", *options]
     words = [str(word) for word in command]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
@@ -525,7 +588,17 @@ def test_what_several_processes_refuse(tmp_path, world, options, word):
 def test_a_batch_that_no_label_reaches(tmp_path):
     """Nothing but unlabelled pixels, as in one process's share: the loss is 0 and finite."""
     write_semantics(tmp_path / "kitti", ids=(0,))
-    options = ["--data", "kitti", "--data_path", tmp_path / "kitti", *SMALL, "--steps", 2, "--log_dir", tmp_path]
+    options = [
+        "--data",
+        "kitti",
+        "--data_path",
+        tmp_path / "kitti",
+        *SMALL,
+        "--steps",
+        2,
+        "--log_dir",
+        tmp_path,
+    ]
     call(train_seg, *options, "--name", "run", expect=0)
     losses = [record["loss"] for record in read_log(tmp_path / "run") if "loss" in record]
     assert losses == [0, 0]
@@ -544,7 +617,9 @@ def resident_memory(pid: int) -> float:
 def test_memory_stays_flat(tmp_path):
     """Resident memory of a run of $MANY_STEPS steps, once warm: the same at its end, within 2 %."""
     write_frames(tmp_path / "video", 3)
-    process = launch("train_depth.py", frames_run(tmp_path, "--steps", MANY_STEPS, "--num_workers", 1), tmp_path)
+    process = launch(
+        "train_depth.py", frames_run(tmp_path, "--steps", MANY_STEPS, "--num_workers", 1), tmp_path
+    )
     log = tmp_path / "runs" / "run" / "log.jsonl"
     samples = []
     while process.process.is_alive():
@@ -563,7 +638,14 @@ def test_memory_stays_flat(tmp_path):
 def depth_network() -> dict:
     """The content of a model.pt of depth, untrained."""
     model = networks.build("unet", "resnet18", 1, scales=(0, 1, 2, 3))
-    options = {"task": "depth", "supervision": "mono", "arch": "unet", "encoder": "resnet18", "height": 64, "width": 64}
+    options = {
+        "task": "depth",
+        "supervision": "mono",
+        "arch": "unet",
+        "encoder": "resnet18",
+        "height": 64,
+        "width": 64,
+    }
     return {"options": options, **{name: part.state_dict() for name, part in model.parts().items()}}
 
 
@@ -593,171 +675,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, unfinished):
     options, run = unfinished
     before = (run / "last.pt").read_bytes()
     result = call(train_depth, *options, expect=1)
-    assert re.search(r"stopped: gradient of \S*decoder\S* is not finite at step 3 \(samples \[", result.err)
+    assert re.search(
+        r"stopped: gradient of \S*decoder\S* is not finite at step 3 \(samples \[", result.err
+    )
     assert (run / "last.pt").read_bytes() == before
-
-
-# ------------------------------------------------------------------------------------ the step as one function
-
-
-def step_arguments(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """An objective and a random batch for it, as train_depth.py and train_seg.py make them."""
-    device = torch.device("cpu")
-    size = ["--height", "64", "--width", "96", "--batch_size", "2"]
-    generator = torch.Generator().manual_seed(0)
-    if kind == "segmentation":
-        args = train_seg.parse_options([*size, "--jitter", "0.5"])
-        objective, _ = train_seg.build(args, 19, device)
-        label = torch.randint(0, 19, (2, 64, 96), generator=generator)
-        image = torch.rand(2, 3, 64, 96, generator=generator)
-        jitter = torch.rand(2, 5, generator=generator)
-        return objective, {"image": image, "label": label, "jitter": jitter}
-
-    task = [str(option) for option in PRETRAINING[kind][0][:2]]
-    args = train_depth.parse_options([*size, *task])
-    objective, _ = train_depth.build(args, device)
-    count = len(args.frame_ids) + ("stereo" in kind)
-    K = torch.tensor([[56.0, 0, 47.5], [0, 56, 31.5], [0, 0, 1]])
-    stereo_T = torch.eye(4)
-    stereo_T[0, 3] = 0.5
-    batch = {
-        "frames": torch.rand(2, count, 3, 64, 96, generator=generator),
-        "depth": 1 + 50 * torch.rand(2, 1, 64, 96, generator=generator),
-        "K": K.repeat(2, 1, 1),
-        "stereo_T": stereo_T.repeat(2, 1, 1),
-    }
-    train_depth.add_draws(batch, args, step=0)
-    return objective, batch
-
-
-def loss_and_gradients(step, objective: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    objective.zero_grad()
-    terms, _ = step(batch)
-    terms["loss"].backward()
-    gradients = [parameter.grad.clone() for parameter in objective.parameters() if parameter.grad is not None]
-    return terms["loss"].detach(), gradients
-
-
-KINDS = ("mono+stereo", "depth", "flow", "reconstruction", "segmentation")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_step_is_one_graph(kind):
-    """torch.compile traces networks and loss without a break; loss and gradients stay what they are."""
-    objective, batch = step_arguments(kind)
-    traced = torch.compile(objective, backend="aot_eager", fullgraph=True)
-    expected, gradients = loss_and_gradients(objective, objective, batch)
-    loss, again = loss_and_gradients(traced, objective, batch)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert len(again) == len(gradients) > 50
-    difference = sum((ours - theirs).square().sum() for ours, theirs in zip(again, gradients))
-    norm = sum(theirs.square().sum() for theirs in gradients)
-    assert difference.sqrt() < 1e-4 * norm.sqrt()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_step_waits_for_the_device(monkeypatch, kind):
-    """The meta device has no numbers: a step that asks for one, and so would wait for a GPU, fails there."""
-    objective, batch = step_arguments(kind)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which meta lacks
-    objective.autocast = contextlib.nullcontext
-    batch = {key: value.to("meta") for key, value in batch.items()}
-    terms, _ = objective.to("meta")(batch)
-    terms["loss"].backward()
-
-
-@pytest.mark.parametrize("kind", ("mono+stereo", "segmentation"))
-def test_bfloat16_reaches_neither_heads_nor_losses(kind):
-    """--amp bf16: networks in bfloat16; outputs and losses in float32, close to those without."""
-    objective, batch = step_arguments(kind)
-    exact, _ = objective(batch)
-    objective.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
-    terms, views = objective(batch)
-    assert terms["loss"].dtype == torch.float32
-    assert terms["loss"] != exact["loss"]
-    torch.testing.assert_close(terms["loss"], exact["loss"], rtol=0.03, atol=0)
-    values = views if kind == "segmentation" else views["depth"]
-    assert values.dtype == torch.float32
-    assert len(values.unique()) > 0.9 * values.numel()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_training_agrees_with_eager(tmp_path, runs):
-    """The generated code as well, in the cheapest task."""
-    options = runs.pretraining_options("reconstruction", tmp_path)
-    call(train_depth, *options, "--compile", "all", expect=0)
-    torch.compiler.reset()
-    expected = read_log(runs.pretrained("reconstruction"))
-    for ours, theirs in zip(read_log(tmp_path / "reconstruction"), expected, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    result = call(train_depth, *options, expect=0)  # --compile may change
-    assert "finished" in result.out
-
-
-# ------------------------------------------------------------------------------------ what a run says of itself
-
-
-def test_a_record_leaves_evaluations_out(monkeypatch):
-    """A record is the mean over the steps since the last one, and of their time alone."""
-    now = [0.0]
-    monkeypatch.setattr(utils.time, "perf_counter", lambda: now[0])
-    meter = utils.Meter()
-    for loss, evaluation in ((1.0, 100.0), (3.0, 0.0)):
-        now[0] += 2
-        meter.add({"loss": torch.tensor(loss)}, waited=0.5)
-        now[0] += evaluation
-        meter.start += evaluation  # as train_seg.py does
-    record = meter.record(batch_size=4)
-    assert record["loss"] == 2
-    assert record["ms_per_step"] == 2000 and record["ms_data"] == 500
-    assert record["samples_per_s"] == 2
-
-
-def test_trouble_is_named():
-    depth = torch.linspace(1, 10, 64).view(1, 1, 8, 8)
-    still = torch.eye(4).repeat(1, 2, 1, 1)
-    moving = still.clone()
-    moving[..., 2, 3] = 0.5
-    turning = still.clone()
-    turning[..., 0, 2] = 0.02
-    half = {"masked": torch.tensor(0.5)}
-    for terms, views, expected in (
-        (half, {"depth": depth, "poses": moving}, set()),
-        (half, {"depth": depth, "poses": turning}, set()),
-        (half, {"depth": depth, "poses": still}, {"pose"}),
-        (half, {"depth": torch.full_like(depth, 5), "poses": moving}, {"depth"}),
-        ({"masked": torch.tensor(0.9)}, {"depth": depth}, {"masked"}),
-        ({"loss": torch.tensor(1.0)}, {}, set()),
-    ):
-        assert metrics.find_trouble(terms, views).keys() == expected
-
-
-def test_a_static_camera_is_warned_of_once(tmp_path):
-    for number in range(4):
-        write_image(tmp_path / "video" / f"{number}.png")
-    data = ("--data", "frames", "--data_path", tmp_path / "video", "--fov", 80)
-    result = call(train_depth, *data, *SMALL, "--steps", 5, "--log_dir", tmp_path, "--name", "still", expect=0)
-    output = result.out + result.err
-    assert output.count("does the camera stand still?") == 1
-    warnings = read_json(tmp_path, "still", "result.json")["warnings"]
-    assert any("does the camera stand still?" in warning for warning in warnings)
-
-
-def test_tensorboard_shows_the_log(tmp_path, monkeypatch):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    write_frames(tmp_path / "video", 3)
-    call(train_depth, *frames_run(tmp_path, "--steps", 2, "--tensorboard"), expect=0)
-    run = tmp_path / "runs" / "run"
-    events = accumulator.EventAccumulator(str(run)).Reload()
-    for record in read_log(run):
-        for key in record.keys() - {"step"}:
-            shown = {event.step: event.value for event in events.Scalars(key)}
-            assert shown[record["step"]] == pytest.approx(record[key])
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    refused = call(train_depth, *frames_run(tmp_path, "--tensorboard", "--name", "other"))
-    assert_one_line(refused, "pip install tensorboard")
 
 
 # ------------------------------------------------------------------------------------ runs of older code
@@ -805,10 +726,16 @@ def rewrite_as_first_edition(run: Path) -> None:
     last["args"] = {name: OLD_VALUES.get(name, last["args"].get(name)) for name in names}
     torch.save(last, run / "last.pt")
     described = read_json(run, "args.json")
-    utils.save_json(str(run / "args.json"), {**described, "options": last["args"], "git_commit": None})
+    utils.save_json(
+        str(run / "args.json"), {**described, "options": last["args"], "git_commit": None}
+    )
 
     model = torch.load(run / "model.pt", weights_only=True)
-    kept = {name: model["options"][name] for name in OLD_MODEL_OPTIONS.split() if name in model["options"]}
+    kept = {
+        name: model["options"][name]
+        for name in OLD_MODEL_OPTIONS.split()
+        if name in model["options"]
+    }
     if not seg:
         kept |= {"depth_loss": "l1", "dpt_layers": "spread"}
     model["options"] = kept
@@ -841,10 +768,25 @@ def test_a_run_of_the_first_edition_evaluates_and_initialises(tmp_path, runs):
         (run / "last.pt").unlink()
 
     data = ("--data", "synthetic", "--data_path", runs.world)
-    call(evaluate, "depth", "--weights", depth, *data, "--frames", "0:2", "--output", tmp_path, expect=0)
-    call(evaluate, "seg", "--weights", seg, "--data_path", runs.world, "--output", tmp_path, expect=0)
+    call(
+        evaluate,
+        "depth",
+        "--weights",
+        depth,
+        *data,
+        "--frames",
+        "0:2",
+        "--output",
+        tmp_path,
+        expect=0,
+    )
+    call(
+        evaluate, "seg", "--weights", seg, "--data_path", runs.world, "--output", tmp_path, expect=0
+    )
     trained = read_json(runs.fine_tuned("all"), "result.json")
-    assert read_json(tmp_path, "segmentation.json")["miou"] == pytest.approx(trained["miou"], abs=1e-4)
+    assert read_json(tmp_path, "segmentation.json")["miou"] == pytest.approx(
+        trained["miou"], abs=1e-4
+    )
     call(tables, "--log_dir", tmp_path, expect=0)
 
     model = networks.build("unet", "resnet18", 1, scales=(0, 1, 2, 3))

@@ -34,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch._dynamo.eval_frame import OptimizedModule
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -225,6 +224,8 @@ def run_split_steps(training: DepthTraining, count: int) -> dict[str, float]:
 
 def measure(training: DepthTraining, options: Namespace) -> dict:
     """ms a step, its split unless --total, peak memory, and the seconds that compiling took."""
+    from torch._dynamo import OptimizedModule  # slow to import
+
     device = training.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
