@@ -308,8 +308,8 @@ def find_trouble(terms: dict, views: dict) -> dict[str, str]:
     trouble = {}
     masked = float(terms.get("masked", 0))
     if masked > 0.8:
-        trouble["masked"] = (f"{masked:.0%} of the pixels do not train: does the camera stand "
-                             "still, or do the sources not overlap with the target?")
+        trouble["masked"] = (f"{masked:.0%} of the pixels do not train: does the camera stand still? "
+                             "Do the sources show what the target shows?")
     if "depth" in views:
         disparity = 1 / views["depth"].flatten(1)
         if float((disparity.std(1) / disparity.mean(1)).mean()) < 0.02:

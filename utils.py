@@ -48,8 +48,10 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as lost
         for child in torch.multiprocessing.active_children():
-            child.kill()  # loader processes, which leave other signals to this one
+            if child.daemon:
+                child.kill()  # loader processes, which leave other signals to this one
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,7 +114,7 @@ def autocast(args: argparse.Namespace, device: torch.device) -> Callable:
 def prepare(module: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Fits what trains to the device; the one place that decides on compiling.
 
-    A GPU replays the compiled step as a CUDA graph; on a CPU, compiling brings next to nothing.
+    A GPU replays the compiled step as a CUDA graph; a CPU gains next to nothing by compiling.
     """
     long_enough = device.type == "cuda" and args.steps >= COMPILE_FROM
     compiled = args.compile == "all" or (args.compile == "auto" and long_enough)
@@ -190,7 +192,9 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_old: boo
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             os.remove(f"{path}.tmp")
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):  # a lost loader process may be told of here
+            raise
         raise InputError(f"could not write {path}: {cause} (what was there is untouched)") from None
 
 
@@ -248,11 +252,10 @@ class Run:
         if self.writes:
             self._lock()
         self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
-        if not self.writes:
-            self.stops()  # waits until rank 0 has the folder in order
-        self.checkpoint = read_last(self.path("last.pt"))
-        if self.writes:
-            self.stops()
+        for rank_reads in (self.writes, not self.writes):  # rank 0 puts the folder in order first
+            if rank_reads:
+                self.checkpoint = read_last(self.path("last.pt"))
+            self.stops()  # all processes meet here
         if args.resume and self.checkpoint is None:
             raise InputError(f"--resume: there is no {self.path('last.pt')}")
         if self.checkpoint is not None:
@@ -319,12 +322,10 @@ class Run:
         if not self.writes:
             return
         self.log_file.write(json.dumps(record) + "\n")
-        words = []
-        for key, value in record.items():
-            words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-            if self.board is not None and key != "step":
-                self.board.add_scalar(key, value, record["step"])
-        tqdm.write("  ".join(words))
+        tqdm.write("  ".join(f"{key} {value:.6g}" for key, value in record.items()))
+        if self.board is not None:
+            for key in record.keys() - {"step"}:
+                self.board.add_scalar(key, record[key], record["step"])
 
     def restore(self, optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module]) -> int:
         """Loads the checkpoint, if any, into networks and optimiser. Returns the steps done."""
@@ -416,5 +417,4 @@ def refuse_nonfinite(terms: dict, module: nn.Module, step: int, indices: torch.T
     if not bad and not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
         bad = [f"gradient of {name}" for name, g in gradients.items() if not g.isfinite().all()]
     if bad:
-        samples = indices.tolist()
-        sys.exit(f"stopped: {bad[-1]} is not finite at step {step} (samples {samples})")
+        sys.exit(f"stopped: {bad[-1]} is not finite at step {step} (samples {indices.tolist()})")
