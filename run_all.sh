@@ -20,7 +20,8 @@
 #   DATA=synthetic|kitti   SEEDS="0 1 2"   JOBS at a time   RUNS, the folder of runs   PYTHON=python
 #   KITTI (or KITTI_RAW and KITTI_LABELS), CITYSCAPES, NYU (labelled), NYU_RAW (scenes), VOC, ADE20K, CAMVID: roots
 #   SUFFIX=jpg|png of KITTI's frames   WEIGHTS=weights, downloaded checkpoints   CACHE, a folder for decoded frames
-#   for real: SIZE="96 320" CAMVID_SIZE="192 256" BATCH=4 STEPS=2000 TUNING_STEPS=300
+#   of real: SIZE="96 320" CAMVID_SIZE="192 256" BATCH=4, pre-training STEPS=2000 at RATE=5e-4, fine-tuning
+#   TUNING_STEPS=300 at TUNING_RATE=1e-3
 # shellcheck disable=SC2034,SC2046,SC2086  # settings are words; functions read those of their caller
 # shellcheck disable=SC2329  # called by name
 set -euo pipefail
@@ -48,8 +49,8 @@ if [ "$DATA" = synthetic ]; then  # two CPU cores: small, one thread a job
   video=(--data synthetic --data_path "$STREET") labels=("${video[@]}")
   frames=$STREET/2011_09_26/2011_09_26_drive_9001_sync/image_02/data suffix=png  # for pictures of flow
   main=stereo size="--height 64 --width 192" large="--height 128 --width 384"
-  depth="--steps 250 --batch_size 4 --learning_rate 2e-4 --num_workers 0" flow=$depth reconstruction=$depth
-  batch=4 tuning="--steps 60 --learning_rate 5e-4 --eval_every 30 --num_workers 0"
+  depth="--steps 250 --batch_size 4 --learning_rate 1e-3 --num_workers 0" flow=$depth reconstruction=$depth
+  batch=4 tuning="--steps 60 --learning_rate 2e-3 --eval_every 30 --num_workers 0"
 else  # the paper's settings: 20 epochs of 39,810 samples for depth, 50 for flow and reconstruction
   JOBS=${JOBS:-1} CACHE=${CACHE-}
   video=(--data kitti --data_path "$KITTI_RAW") labels=(--data kitti --data_path "$KITTI_LABELS")
@@ -186,12 +187,13 @@ release() {  # what the authors' release does otherwise, and Monodepth2's start 
 }
 
 real() {  # the claim: video of one KITTI drive, few labels of KITTI and CamVid, a pre-training for each seed
-  local RUNS=$REAL CACHE=$REAL/cache seeds=$SEEDS SEEDS seed_of_video=yes main=stereo
+  local RUNS=$REAL CACHE=$REAL/cache PUBLISHED="" seeds=$SEEDS SEEDS seed_of_video=yes main=stereo
   local video=(--data kitti --data_path "$KITTI_RAW" --drives 2011_09_26_drive_0013_sync)
   local size depth flow reconstruction batch=${BATCH:-4} tuning
   size=$(size_options ${SIZE:-96 320})
-  depth="--steps ${STEPS:-2000} --batch_size $batch --learning_rate 2e-4 --num_workers 0"
-  flow=$depth reconstruction=$depth tuning="--steps ${TUNING_STEPS:-300} --learning_rate 5e-4 --num_workers 0"
+  depth="--steps ${STEPS:-2000} --batch_size $batch --learning_rate ${RATE:-5e-4} --num_workers 0"
+  flow=$depth reconstruction=$depth
+  tuning="--steps ${TUNING_STEPS:-300} --learning_rate ${TUNING_RATE:-1e-3} --num_workers 0"
   tuning+=" --eval_every ${TUNING_STEPS:-300}"
   # the primary contrasts first: frozen, encoder only
   for SEEDS in $seeds; do
@@ -390,22 +392,26 @@ list() {
 
 # ------------------------------------------------------------------------------------------- running
 
-if [ "${1:-}" = list ]; then
-  list "${@:2}"
-  exit
-fi
-[ $# -gt 0 ] || set -- core
-jobs=$(list "$@")  # refuses an unknown name
-case " $* " in
-  " real ") RUNS=$REAL ;;
-  *" real "*) echo "error: real has runs of its own: give it alone" >&2 && exit 2 ;;
-esac
-mkdir -p "$RUNS"
-if [ "$DATA" = synthetic ] && [ "$RUNS" != "$REAL" ] && [ ! -e "$STREET" ]; then
-  "$PYTHON" tools/street.py --data_path "$STREET" --labelled 80 --preview "$RUNS/street.png"
-fi
-code=0
-"$PYTHON" tools/run_jobs.py --jobs "$JOBS" <<< "$jobs" || code=$?
-[ $code != 75 ] || exit 75
-"$PYTHON" tools/tables.py --log_dir "$RUNS" --tables "$@" --page
-exit $code
+main() {
+  if [ "${1:-}" = list ]; then
+    list "${@:2}"
+    return
+  fi
+  [ $# -gt 0 ] || set -- core
+  local jobs code=0
+  jobs=$(list "$@")  # refuses an unknown name
+  case " $* " in
+    " real ") RUNS=$REAL ;;
+    *" real "*) echo "error: real has runs of its own: give it alone" >&2 && exit 2 ;;
+  esac
+  mkdir -p "$RUNS"
+  if [ "$DATA" = synthetic ] && [ "$RUNS" != "$REAL" ] && [ ! -e "$STREET" ]; then
+    "$PYTHON" tools/street.py --data_path "$STREET" --labelled 80 --preview "$RUNS/street.png"
+  fi
+  "$PYTHON" tools/run_jobs.py --jobs "$JOBS" <<< "$jobs" || code=$?
+  [ $code != 75 ] || exit 75
+  "$PYTHON" tools/tables.py --log_dir "$RUNS" --tables "$@" --page
+  return $code
+}
+
+{ main "$@"; exit; }  # read whole: this file may be edited while jobs run

@@ -1,4 +1,4 @@
-"""Run first after any change: every script end to end on a tiny street, resume, and an error each. Under a minute.
+"""Run first after any change: every script end to end, resume, an error each. Under a minute.
 
     python -m pytest -q test_smoke.py
 
@@ -40,7 +40,7 @@ import train_depth
 import train_seg
 import utils
 
-# ------------------------------------------------------------------------------------ pre-training
+# ------------------------------------------------------------ pre-training
 
 
 def assert_run_folder(folder: str, steps: int) -> None:
@@ -114,7 +114,7 @@ def test_a_stopped_run_continues(runs, tmp_path, monkeypatch, module):
     assert "finished" in call(module, *options, expect=0).out
 
 
-# ------------------------------------------------------------------------------------ fine-tuning
+# ------------------------------------------------------------ fine-tuning
 
 
 @pytest.mark.parametrize("kind", FINE_TUNING)
@@ -168,7 +168,7 @@ def test_every_architecture(monkeypatch, world, tmp_path, options):
     assert again["miou"] == pytest.approx(read_json(folder, "result.json")["miou"], abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------ evaluate.py
+# ------------------------------------------------------------ evaluate.py
 
 
 @pytest.mark.parametrize("kind", ("mono", "stereo"))
@@ -231,7 +231,7 @@ def test_pictures_of_several_models(runs, tmp_path, command):
     assert picture.shape[1] > 4 * 96 and picture.std() > 5  # image, label, two models
 
 
-# ------------------------------------------------------------------------------------ tools
+# ------------------------------------------------------------ tools
 
 
 def tool(name: str):
@@ -284,7 +284,7 @@ def test_export(runs, tmp_path):
     assert path.stat().st_size > 2**20
 
 
-# ------------------------------------------------------------------------------------ as a user starts them
+# ------------------------------------------------------------ as a user starts them
 
 
 def test_help_and_an_error_of_each_script(tmp_path):

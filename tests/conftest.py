@@ -1,6 +1,6 @@
-"""What the tests share: a tiny street to train on, folders of small images, and scripts run in this process.
+"""What the tests share: a tiny street, folders of small images, and scripts run in this process.
 
-from conftest import call, write_frames
+    from conftest import call, write_frames
 """
 
 import os
@@ -47,7 +47,7 @@ def fresh_signals():
         signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------ scripts
+# ------------------------------------------------------------ scripts
 
 
 class Result:
@@ -119,7 +119,7 @@ def assert_one_line(result: Result, *words: str) -> None:
         assert word in lines[0], (word, lines[0])
 
 
-# ------------------------------------------------------------------------------------ run folders
+# ------------------------------------------------------------ run folders
 
 
 def read_json(*parts: object) -> dict:
@@ -131,6 +131,11 @@ def read_log(folder: object) -> list[dict]:
     path = Path(str(folder), "log.jsonl")
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def read_losses(folder: object) -> list[float]:
+    """The training loss of every record."""
+    return [record["loss"] for record in read_log(folder) if "loss" in record]
 
 
 def read_weights(folder: object, file: str = "model.pt") -> dict[str, torch.Tensor]:
@@ -162,7 +167,7 @@ def without_times(record: dict) -> dict:
     return {key: value for key, value in record.items() if "ms_" not in key and "per_s" not in key}
 
 
-# ------------------------------------------------------------------------------------ data
+# ------------------------------------------------------------ data
 
 
 @pytest.fixture(scope="session")
@@ -249,7 +254,7 @@ def truncate(path: object, share: float) -> str:
     return str(path)
 
 
-# ------------------------------------------------------------------------------------ runs to start from
+# ------------------------------------------------------------ runs to start from
 
 SMALL = ("--height", 64, "--width", 96, "--batch_size", 2, "--num_workers", 0, "--log_every", 1)
 

@@ -34,7 +34,7 @@ import networks
 
 TINY = "--height 64 --width 64 --batch_size 1 --steps 1 --num_workers 0"
 
-# ------------------------------------------------------------------------------------ inputs
+# ------------------------------------------------------------ inputs
 
 
 class Bomb:
@@ -193,7 +193,7 @@ INPUTS = {
     "damaged_runs": damaged_run,
 }
 
-# ------------------------------------------------------------------------------------ the table
+# ------------------------------------------------------------ the table
 
 TABLE = """
 -- options
@@ -521,7 +521,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, command, line):
     assert not list(Path().glob("**/model.pt"))
 
 
-# ------------------------------------------------------------------------------------ options of every script
+# ------------------------------------------------------------ options of every script
 
 SCRIPTS = (
     "train_depth",
@@ -583,7 +583,7 @@ def test_every_option_has_help(monkeypatch, script):
             assert action.help or isinstance(action, argparse._SubParsersAction), action.dest
 
 
-# ------------------------------------------------------------------------------------ safety
+# ------------------------------------------------------------ safety
 
 
 def test_nothing_reads_code_from_files():
@@ -607,7 +607,7 @@ def refuse_call(path: Path, node: ast.Call) -> None:
     assert keywords.get("allow_pickle", "False") == "False", path
 
 
-# ------------------------------------------------------------------------------------ from the shell
+# ------------------------------------------------------------ from the shell
 
 
 def test_an_image_that_a_loader_process_cannot_read(world, tmp_path):

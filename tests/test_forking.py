@@ -18,18 +18,22 @@ TITLES = ("A new loss", "A new encoder", "A new data set", "A new pre-training t
 
 def example(title: str) -> tuple[str, list[list[str]]]:
     """The diff below a heading of FORKING.md, and the commands that the text gives."""
-    section = re.split(r"\n## ", GUIDE.split(f"\n## {title}\n")[1])[0]
-    diff = re.search(r"```diff\n(.*?)```", section, re.DOTALL)[1]
+    _, rest = GUIDE.split(f"\n## {title}\n")
+    section, *_ = rest.split("\n## ")
+    diff = re.search(r"```diff\n(.*?)```", section, re.DOTALL)
     commands = re.findall(r"^python (.*)$", section, re.MULTILINE)
-    return diff, [command.split() for command in commands]
+    return diff[1], [command.split() for command in commands]
 
 
 def forked(title: str, folder: Path) -> Path:
     """A copy of the repo with an example's diff applied, every file 40 lines longer than it was."""
-    shutil.copytree(ROOT / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "splits", folder / "splits")
+    compiled = shutil.ignore_patterns("__pycache__")
+    for name in ("tools", "splits"):
+        shutil.copytree(ROOT / name, folder / name, ignore=compiled)
+    more = "# another line of one's own\n" * 40
     for path in ROOT.glob("*.py"):
-        (folder / path.name).write_text("# another line of one's own\n" * 40 + path.read_text())
+        copy = folder / path.name
+        copy.write_text(more + path.read_text())
     diff, _ = example(title)
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=folder, check=True)
     return folder
@@ -102,9 +106,10 @@ def test_a_new_encoder(tmp_path, world):
 @pytest.mark.slow
 def test_a_new_data_set(tmp_path):
     folder = forked("A new data set", tmp_path)
-    data = Path(write_semantics(tmp_path / "own", 5, ids=(0, 1, 255)))
-    (data / "training" / "image_2").rename(data / "images")
-    (data / "training" / "semantic").rename(data / "labels")
+    data = tmp_path / "own"
+    training = Path(write_semantics(data, 5, ids=(0, 1, 255)), "training")
+    (training / "image_2").rename(data / "images")
+    (training / "semantic").rename(data / "labels")
     _, (train, *_) = example("A new data set")
     command = [str(data) if word == "FOLDER" else word for word in train]
     run_forked(folder, command, "--log_dir", tmp_path, "--name", "run")

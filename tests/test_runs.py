@@ -1,7 +1,7 @@
-"""A run can be trusted: killed, stopped, shared among processes, on a full disk, or begun by older code.
+"""Runs that are killed, stopped, shared among processes, on a full disk, or begun by older code.
 
-python -m pytest tests/test_runs.py
-KILLS=20 python -m pytest tests/test_runs.py -k killed     # more kills for every task
+    python -m pytest tests/test_runs.py
+    KILLS=20 python -m pytest tests/test_runs.py -k killed     # more kills for every task
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from conftest import (
     frames_run,
     read_json,
     read_log,
+    read_losses,
     read_weights,
     truncate,
     write_frames,
@@ -52,11 +53,10 @@ MANY_STEPS = int(os.environ.get("MANY_STEPS", "60"))
 SCRIPTS = {"train_depth.py": train_depth, "train_seg.py": train_seg}
 TASKS = ("mono", "stereo", "depth", "flow", "reconstruction", "segmentation")
 
-# ------------------------------------------------------------------------------------ scripts as processes
+# ------------------------------------------------------------ scripts as processes
 
-FORKS = multiprocessing.get_context(
-    "forkserver"
-)  # torch is imported once, in a process that forks the others
+# torch is imported once, in a process that forks the others
+FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_runs"])
 
 
@@ -123,9 +123,8 @@ def run_forked(
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # loader processes start as they do from the shell
+    # loader processes start as they do from the shell
+    multiprocessing.set_start_method("fork", force=True)
     if fixed_statistics:
         use_fixed_statistics()
     sys.argv = [script, *options]
@@ -199,7 +198,7 @@ def unfinished(small_run, tmp_path) -> tuple[list, Path]:
     return [*options, "--log_dir", tmp_path / "runs"], run
 
 
-# ------------------------------------------------------------------------------------ the same bits
+# ------------------------------------------------------------ the same bits
 
 
 @pytest.mark.slow
@@ -242,7 +241,8 @@ def test_a_stopped_run_saves_and_continues(tmp_path, runs, kind):
     assert 0 < step < read_json(reference, "result.json")["step"]
     assert (folder / "model.pt").exists() and not (folder / "result.json").exists()
 
-    call(SCRIPTS[script], *options, "--resume", "--num_workers", 2, expect=0)
+    result = call(SCRIPTS[script], *options, "--resume", "--num_workers", 2, expect=0)
+    assert f"continues at step {step}" in result.out
     assert_same_runs(folder, reference)
 
 
@@ -268,17 +268,9 @@ def test_learned_intrinsics_continue(tmp_path, monkeypatch):
     """Each folder's camera starts from --fov; a stopped run ends with the same bits."""
     for name in ("one", "two"):
         write_frames(tmp_path / "videos" / name, 4, intrinsics=None)
-    data = (
-        "--data",
-        "frames",
-        "--data_path",
-        tmp_path / "videos",
-        "--intrinsics",
-        "learned",
-        "--fov",
-        90,
-    )
-    options = (*data, *SMALL, "--steps", 4, "--learning_rate", 1e-3, "--log_dir", tmp_path)
+    data = ("--data", "frames", "--data_path", tmp_path / "videos", "--fov", 90)
+    learned = ("--intrinsics", "learned", "--learning_rate", 1e-3)
+    options = (*data, *SMALL, *learned, "--steps", 4, "--log_dir", tmp_path)
     through = call(train_depth, *options, "--name", "through", expect=0)
     cameras = read_json(tmp_path, "through", "result.json")["cameras"]
     assert [Path(folder).name for folder in cameras] == ["one", "two"]
@@ -319,21 +311,17 @@ def test_a_finished_run_says_so(tmp_path, runs, kind):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-# ------------------------------------------------------------------------------------ signals, locks, lost processes
+# ------------------------------------------------------------ signals, locks, lost processes
 
 
 @pytest.mark.parametrize("twice", (False, True), ids=("once", "twice"))
 def test_signals_to_the_whole_group(tmp_path, twice):
-    """As Ctrl-C or a scheduler sends them, to loader processes too. A second one ends the run at once."""
+    """As Ctrl-C or a scheduler sends them, to loader processes too. A second one ends at once."""
     write_frames(tmp_path / "video", 3)
-    large = (
-        ("--height", 256, "--width", 512) if twice else ()
-    )  # steps still run when the second signal comes
-    process = launch(
-        "train_depth.py",
-        frames_run(tmp_path, "--steps", 1000, "--num_workers", 2, *large),
-        tmp_path,
-    )
+    # large enough that a step still runs when the second signal comes
+    size = ("--height", 256, "--width", 512) if twice else ()
+    options = frames_run(tmp_path, "--steps", 1000, "--num_workers", 2, *size)
+    process = launch("train_depth.py", options, tmp_path)
     process.wait_for_records(tmp_path / "runs" / "run", 1)
     os.killpg(process.pid, signal.SIGTERM if twice else signal.SIGINT)
     if twice:
@@ -363,7 +351,7 @@ def test_two_runs_of_one_name_and_a_lost_loader_process(tmp_path):
     assert utils.read_last(str(checkpoint))["step"] >= 1
 
 
-# ------------------------------------------------------------------------------------ damaged files, a full disk
+# ------------------------------------------------------------ damaged files, a full disk
 
 
 def flip_a_bit(path: Path) -> None:
@@ -448,7 +436,7 @@ def test_a_clock_set_back_harms_nothing(monkeypatch, unfinished, small_run):
     assert_same_runs(run, small_run / "runs" / "run")
 
 
-# ------------------------------------------------------------------------------------ options of a run that continues
+# ------------------------------------------------------------ options of a run that continues
 
 
 @pytest.mark.parametrize("module", (train_depth, train_seg))
@@ -477,7 +465,7 @@ def test_other_options_are_refused_and_moved_data_continue(unfinished, small_run
     assert_same_runs(run, small_run / "runs" / "run")
 
 
-# ------------------------------------------------------------------------------------ several processes
+# ------------------------------------------------------------ several processes
 
 
 @pytest.mark.slow
@@ -485,42 +473,27 @@ def test_other_options_are_refused_and_moved_data_continue(unfinished, small_run
     "kind", ("mono", "mono+stereo", "depth", "flow", "reconstruction", "segmentation")
 )
 def test_two_processes_train_as_one(tmp_path, world, kind):
-    """The same losses at every step, whichever process holds the pixels that count; one folder of files."""
+    """The same losses at every step, whichever process holds the pixels that count."""
     script = "train_seg.py" if kind == "segmentation" else "train_depth.py"
     task = PRETRAINING[kind][0][:2] if kind in PRETRAINING else ()
-    options = [
-        "--data_path",
-        world,
-        *SMALL,
-        "--batch_size",
-        4,
-        "--steps",
-        3,
-        *task,
-        "--log_dir",
-        tmp_path,
-    ]
-    together = launch_two(script, [*options, "--name", "two"], tmp_path, fixed_statistics=True)
-    assert [process.wait() for process in together] == [0, 0], [
-        process.text() for process in together
-    ]
-    alone = Process(
-        script, [*options, "--name", "one"], tmp_path / "one.txt", {}, fixed_statistics=True
-    )
+    size = ["--data_path", world, *SMALL, "--batch_size", 4, "--steps", 3]
+    options = [*size, *task, "--log_dir", tmp_path]
+    first, second = launch_two(script, [*options, "--name", "two"], tmp_path, fixed_statistics=True)
+    assert first.wait() == 0, first.text()
+    assert second.wait() == 0, second.text()
+    assert second.text() == ""
+    output = tmp_path / "one.txt"
+    alone = Process(script, [*options, "--name", "one"], output, {}, fixed_statistics=True)
     assert alone.wait() == 0, alone.text()
 
-    expected, losses = (
-        [record["loss"] for record in read_log(tmp_path / name) if "loss" in record]
-        for name in ("one", "two")
-    )
+    expected = read_losses(tmp_path / "one")
     assert len(set(expected)) == 3
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    assert together[1].text() == ""
+    np.testing.assert_allclose(read_losses(tmp_path / "two"), expected, rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_others_and_the_run_continues(tmp_path):
-    """SIGKILL to one: the other ends with code 1. The same command continues. SIGTERM to one: both stop, saved."""
+    """SIGKILL to one: the other ends with code 1. SIGTERM to one: both stop, saved."""
     write_frames(tmp_path / "video", 3)
     options = frames_run(tmp_path, "--steps", 2000, "--save_every", 1, "--batch_size", 2)
     first, second = launch_two("train_depth.py", options, tmp_path)
@@ -538,28 +511,10 @@ def test_a_lost_process_ends_the_others_and_the_run_continues(tmp_path):
 @pytest.mark.slow
 def test_torchrun(tmp_path, world):
     """As a user starts it."""
-    options = [
-        "--data_path",
-        world,
-        *SMALL,
-        "--steps",
-        2,
-        "--log_dir",
-        tmp_path,
-        "--name",
-        "run",
-        "--device",
-        "cpu",
-    ]
-    engine = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    command = [*engine, ROOT / "train_seg.py", *options]
+    options = ["--data_path", world, *SMALL, "--steps", 2, "--device", "cpu"]
+    options += ["--log_dir", tmp_path, "--name", "run"]
+    engine = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *engine, ROOT / "train_seg.py", *options]
     words = [str(word) for word in command]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
@@ -588,23 +543,12 @@ def test_what_several_processes_refuse(tmp_path, world, options, word):
 def test_a_batch_that_no_label_reaches(tmp_path):
     """Nothing but unlabelled pixels, as in one process's share: the loss is 0 and finite."""
     write_semantics(tmp_path / "kitti", ids=(0,))
-    options = [
-        "--data",
-        "kitti",
-        "--data_path",
-        tmp_path / "kitti",
-        *SMALL,
-        "--steps",
-        2,
-        "--log_dir",
-        tmp_path,
-    ]
-    call(train_seg, *options, "--name", "run", expect=0)
-    losses = [record["loss"] for record in read_log(tmp_path / "run") if "loss" in record]
-    assert losses == [0, 0]
+    data = ("--data", "kitti", "--data_path", tmp_path / "kitti")
+    call(train_seg, *data, *SMALL, "--steps", 2, "--log_dir", tmp_path, "--name", "run", expect=0)
+    assert read_losses(tmp_path / "run") == [0, 0]
 
 
-# ------------------------------------------------------------------------------------ memory, finite numbers
+# ------------------------------------------------------------ memory, finite numbers
 
 
 def resident_memory(pid: int) -> float:
@@ -681,7 +625,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, unfinished):
     assert (run / "last.pt").read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------ runs of older code
+# ------------------------------------------------------------ runs of older code
 
 OLD_SHARED_OPTIONS = (  # of both scripts in the first edition
     "data data_path height width num_workers cache on_bad_sample arch encoder dpt_layers init init_parts steps "

@@ -1,6 +1,6 @@
 """The training step: one graph that never waits for a device; and what a run says of itself.
 
-python -m pytest tests/test_step.py
+    python -m pytest tests/test_step.py
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import train_depth
 import train_seg
 import utils
 
-# ------------------------------------------------------------------------------------ the step as one function
+# ------------------------------------------------------------ the step as one function
 
 
 def step_arguments(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -92,11 +92,10 @@ def test_the_step_is_one_graph(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_step_waits_for_the_device(monkeypatch, kind):
-    """The meta device has no numbers: a step that asks for one, and so would wait for a GPU, fails there."""
+    """The meta device has no numbers: a step that asks for one fails, as it would wait for a GPU."""
     objective, batch = step_arguments(kind)
-    monkeypatch.setattr(
-        torch, "autocast", lambda *_, **__: contextlib.nullcontext()
-    )  # which meta lacks
+    # the meta device has no autocast either
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     objective.autocast = contextlib.nullcontext
     batch = {key: value.to("meta") for key, value in batch.items()}
     terms, _ = objective.to("meta")(batch)
@@ -132,7 +131,7 @@ def test_compiled_training_agrees_with_eager(tmp_path, runs):
     assert "finished" in result.out
 
 
-# ------------------------------------------------------------------------------------ what a run says of itself
+# ------------------------------------------------------------ what a run says of itself
 
 
 def test_a_record_leaves_evaluations_out(monkeypatch):
