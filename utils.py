@@ -192,9 +192,9 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_old: boo
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             os.remove(f"{path}.tmp")
-        cause = error if isinstance(error, OSError) else error.__context__
+        cause = error if isinstance(error, OSError) else error.__context__ or error
         if not isinstance(cause, OSError):  # a lost loader process may be told of here
-            raise
+            raise cause from None
         raise InputError(f"could not write {path}: {cause} (what was there is untouched)") from None
 
 

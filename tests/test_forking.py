@@ -75,7 +75,8 @@ def test_the_new_loss_knows_neither_scale_nor_shift(tmp_path):
     losses = import_forked(forked("A new loss", tmp_path) / "losses.py")
     disparity = smooth_images(3, 32, 48)[:, :1]
     target = 0.1 + smooth_images(3, 32, 48, seed=1)[:, :1]  # 1 / depth
-    measured = torch.rand(3, 1, 32, 48, generator=torch.Generator().manual_seed(0)) > 0.3
+    generator = torch.Generator().manual_seed(0)
+    measured = torch.rand(3, 1, 32, 48, generator=generator) > 0.3
     measured[2] = False  # an image without any measurement
 
     def loss(disparity: torch.Tensor, target: torch.Tensor) -> float:
@@ -85,9 +86,11 @@ def test_the_new_loss_knows_neither_scale_nor_shift(tmp_path):
 
     expected = loss(disparity, target)
     assert 0.1 < expected < 2
-    assert loss(7 * disparity - 3, target) == pytest.approx(expected, rel=1e-3)
-    assert loss(disparity, 0.2 * target + 0.5) == pytest.approx(expected, rel=1e-3)
-    assert loss(disparity.masked_fill(~measured, 50), target) == pytest.approx(expected, rel=1e-3)
+    same = pytest.approx(expected, rel=1e-3)
+    assert loss(7 * disparity - 3, target) == same
+    assert loss(disparity, 0.2 * target + 0.5) == same
+    unmeasured = disparity.masked_fill(~measured, 50)
+    assert loss(unmeasured, target) == same
     assert loss(2 * target + 1, target) < 1e-4
     assert loss(-target, target) > 0.5  # near for far is no solution
 
