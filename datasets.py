@@ -120,7 +120,7 @@ class Clips(Samples):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def complete(self, samples: list[dict], with_depth: bool, depth: str) -> list[dict]:
+    def keep_whole(self, samples: list[dict], with_depth: bool, depth: str) -> list[dict]:
         """Those samples that have all images and, if needed, `depth` (its name for people)."""
         whole = [sample for sample in samples if None not in sample["images"]]
         self.leave_out(len(samples) - len(whole), "without all their source frames")
@@ -398,7 +398,7 @@ class KittiRaw(Clips):
         self.name = f"{self.title} at {root}"
         self.files = cache(number_files)
         self.frames_of = cache(self.find_frames)
-        self.calibration = cache(self.read_calibration)
+        self.calibration = cache(self.read_cameras)
         self.velodyne_pose = cache(self.read_velodyne_pose)
         present = self.choose_drives(drives)
         targets = self.choose_targets(present, split, drives, frames)
@@ -408,7 +408,7 @@ class KittiRaw(Clips):
                 samples.append(self.sample(folder, number, side, frame_ids))
         if with_depth:
             self.find_depth(samples)
-        samples = self.complete(samples, with_depth, f"LiDAR ({self.depth_kind})")
+        samples = self.keep_whole(samples, with_depth, f"LiDAR ({self.depth_kind})")
         super().__init__(samples, with_depth=with_depth, **options)
 
     # which targets
@@ -520,7 +520,7 @@ class KittiRaw(Clips):
             "moment": (folder, number),
         }
 
-    def read_calibration(self, folder: str) -> dict:
+    def read_cameras(self, folder: str) -> dict:
         """Of a drive: "P" (3, 4) and "baseline" by side, "size" of images, "rectify", "file"."""
         file = os.path.join(self.root, folder[:10], "calib_cam_to_cam.txt")
         values = read_calibration(file)
@@ -629,7 +629,7 @@ class KittiOdometry(KittiRaw):
     def path(self, folder: str, *parts: str) -> str:
         return os.path.join(self.root, "sequences", folder, *parts)
 
-    def read_calibration(self, folder: str) -> dict:
+    def read_cameras(self, folder: str) -> dict:
         file = self.velodyne_calibration(folder)
         values = read_calibration(file)
         P = parse_projections(values, "P2", "P3", file)
@@ -738,7 +738,7 @@ class Frames(Clips):
             samples += self.samples_of(sequence, by_label, frame_ids, frames)
         if split:
             samples = self.select(samples, split)
-        samples = self.complete(samples, with_depth, "a depth image")
+        samples = self.keep_whole(samples, with_depth, "a depth image")
         super().__init__(samples, with_depth=with_depth, **options)
 
     # sequences
@@ -1022,6 +1022,7 @@ class CamVidClips(Frames):
 
     def __init__(self, root: str, frame_ids: list[str], **options):
         super().__init__(os.path.join(root, "val"), frame_ids, **options)
+        self.name += " (its evaluation images: pre-training on them is transductive)"
 
 
 class CityscapesClips(Clips):
@@ -1059,7 +1060,7 @@ class CityscapesClips(Clips):
                     "sequence": os.path.dirname(places[sequence, number]),
                     "moment": (city, sequence, number),
                 })
-        samples = self.complete(samples, with_depth, "a disparity image")
+        samples = self.keep_whole(samples, with_depth, "a disparity image")
         for sample in samples:
             self.add_camera(sample)
         super().__init__(samples, with_depth=with_depth, **options)
@@ -1203,6 +1204,8 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
     frame_ids: the target "0", offsets of sources, "s" for the other camera; fov: of images without
     intrinsics where --fov is not given.
     """
+    if not with_depth and (args.shuffle_depth is not None or args.depth_rows):
+        raise InputError("--shuffle_depth and --depth_rows are for --supervision depth")
     cls, root = find_data(args.data, args.data_path, CLIPS)
     options = {"drives": args.drives, "frames": tuple(args.frames), "split": args.split,
                "with_depth": with_depth, "height": args.height, "width": args.width}
@@ -1210,8 +1213,8 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
         options["fov"] = args.fov or fov
         options["depth_scale"] = args.depth_scale
         options["baseline"] = args.baseline
-    elif args.baseline:
-        raise InputError(f"--baseline is for --data frames: {args.data} comes with its own")
+    elif args.baseline or args.depth_scale or (args.fov and not fov):
+        raise InputError(f"--fov, --depth_scale, --baseline: {args.data} comes with its own")
     dataset = cls(root, frame_ids, **options)
     if args.split and not dataset.listed:
         raise InputError(f"--split {args.split}: none of its drives is in {root}, or --drives or "
@@ -1223,8 +1226,6 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
         raise InputError("--depth_rows A B: A is to be below B")
     dataset.depth_rows = args.depth_rows
     if args.shuffle_depth is not None:
-        if not with_depth:
-            raise InputError("--shuffle_depth is for measured depth: --supervision depth")
         dataset.shuffle_depth(args.shuffle_depth)
         dataset.name += ", depth shuffled"
     use_cache(dataset, args)

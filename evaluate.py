@@ -529,7 +529,7 @@ def predict_command(args: argparse.Namespace) -> int:
     return 2 if bad else 0
 
 
-def draw_labels(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+def coloured_labels(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Labels in colour, (3, H, W), of four test images of --data, by the image's path."""
     dataset = datasets.find_labelled(args, "val")
     labels = {}
@@ -558,7 +558,7 @@ def load_models(args: argparse.Namespace) -> dict[str, tuple[torch.nn.Module, di
 def grid_command(args: argparse.Namespace) -> int:
     """One picture: images in rows, in columns what each network makes of them, or its Grad-CAM."""
     models = load_models(args)
-    labels = {} if args.images else draw_labels(args)
+    labels = {} if args.images else coloured_labels(args)
     offset = None
     for _, options in models.values():
         offset = offset or source_offset(options)  # then only images with a source make rows

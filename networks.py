@@ -149,7 +149,7 @@ class ResidualUnit(nn.Module):
         return x + inner
 
 
-def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample_aligned(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
@@ -205,10 +205,10 @@ class DptDecoder(nn.Module):
             if i < 3:
                 x = x + self.skip[i](maps[i])
             x = self.fuse[i](x)
-            x = upsample(x, sizes[i])
+            x = upsample_aligned(x, sizes[i])
             x = self.mix[i](x)
         image_size = (self.stride * rows, self.stride * columns)
-        x = upsample(self.conv1(x), image_size)
+        x = upsample_aligned(self.conv1(x), image_size)
         x = F.relu(self.conv2(x))
         return [in_float32(self.head, x)]
 

@@ -1,5 +1,7 @@
 """Pictures: depth, labels and flow in colour, and grids with titles."""
 
+import re
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -74,27 +76,40 @@ def to_picture(image: Tensor) -> Image.Image:
 def picture_grid(rows: list[list], columns: list[str], names: tuple = ()) -> Image.Image:
     """Pictures (3, H, W) in [0, 1] in rows, under column titles and beside row names."""
     font = ImageFont.load_default(14)
-    titles = [int(font.getlength(title)) for title in columns]
     height, width = rows[0][0].shape[1:]
+    titles = [wrap(title, font, width) for title in columns]
+    lines = [line for title in titles for line in title.splitlines()]
+    longest = max(font.getlength(line) for line in lines)
     height += 4
-    width = max(width + 4, max(titles) + 8)  # titles fit
+    width = max(width + 4, int(longest) + 8)
+    top = 8 + 18 * max(title.count("\n") + 1 for title in titles)
     left = 0
     if names:
         left = 12 + max(int(font.getlength(name)) for name in names)
     right = left + len(columns) * width
-    bottom = 24 + len(rows) * height
+    bottom = top + len(rows) * height
     grid = Image.new("RGB", (right, bottom), "white")
     draw = ImageDraw.Draw(grid)
-    for c, title in enumerate(columns):
+    for c, title in enumerate(titles):
         x = left + c * width
-        draw.text((x + 2, 4), title, "black", font)
+        draw.multiline_text((x + 2, 4), title, "black", font)
         for r, row in enumerate(rows):
-            y = 24 + r * height
+            y = top + r * height
             grid.paste(to_picture(row[c]), (x, y))
     for r, name in enumerate(names):
-        y = 16 + (r + 0.5) * height
+        y = top - 8 + (r + 0.5) * height
         draw.text((6, y), name, "black", font)
     return grid
+
+
+def wrap(title: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The title in lines of at most this width where it can be broken: after _ and spaces."""
+    lines = [""]
+    for piece in re.findall(r"[^_ ]+[_ ]*|[_ ]+", title):
+        if lines[-1] and font.getlength(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def draw_views(target: Tensor, views: dict, count: int = 4) -> Image.Image:

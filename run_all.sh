@@ -43,6 +43,11 @@ SEEDS=${SEEDS:-0 1 2}
 PYTHON=${PYTHON:-python}
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647  # glibc keeps freed memory: faster on a CPU
 
+if [ -n "$PUBLISHED" ] && [ "$DATA" != kitti ]; then
+  echo "error: PUBLISHED=1, Monodepth2's weights, needs DATA=kitti" >&2
+  exit 2
+fi
+
 if [ "$DATA" = synthetic ]; then  # two CPU cores: small, one thread a job
   JOBS=${JOBS:-2} CACHE=${CACHE-$RUNS/cache}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -167,7 +172,7 @@ fig7() {  # depth helps, flow hurts
   each "none flow-encoder flowimagenet-encoder depthrand depth" resnet18 unet all 16
   each "none calibrated flow-encoder flowimagenet-encoder depthrand depth" resnet18 unet frozen 16
   job evaluate.py grid "$frames"/00000000{10,11,12,13}."$suffix" --output "$RUNS/fig7.png" \
-    --weights "$RUNS/flow_resnet18" "$RUNS/depthrand_resnet18"
+    --weights "$RUNS/flow_resnet18" "$(weights_of depthrand resnet18)"
 }
 
 fig8() {  # NYU-v2: raw scenes with Kinect depth (407,024 frames, 10 epochs), then the 795 labelled images
@@ -284,21 +289,23 @@ pretrain() {
     --seed "$([ -n "$seed_of_video" ] && echo "$SEEDS" || echo 0)" ${CACHE:+--cache "$CACHE"}
 }
 
+# weights_of KIND ENCODER: the run of a pre-training, or what others have published
+weights_of() {
+  local file
+  file=$(downloaded "$1" "$2")
+  [ -n "$file" ] && echo "$WEIGHTS/$file" || echo "$RUNS/$prefix$1_$2${seed_of_video:+_seed$SEEDS}"
+}
+
 # finetune PRE-TRAINING ENCODER ARCHITECTURE all|frozen IMAGES [TAG OPTION…]
 finetune() {
-  local init=$1 kind=${1%-*} encoder=$2 arch=$3 tuned=$4 images=$5 tag=${6:+_$6} seed from file options=()
+  local init=$1 kind=${1%-*} encoder=$2 arch=$3 tuned=$4 images=$5 tag=${6:+_$6} seed from options=()
   shift $(($# < 6 ? $# : 6))
-  file=$(downloaded "$kind" "$encoder")
   case $kind in
     none | imagenet) from=$kind ;;
     calibrated) from=none options+=(--calibrate_batch_norm) ;;
     *)
-      if [ -n "$file" ]; then
-        from=$WEIGHTS/$file
-      else
-        pretrain "$kind" "$encoder"
-        from=$RUNS/$prefix${kind}_$encoder${seed_of_video:+_seed$SEEDS}
-      fi
+      [ -n "$(downloaded "$kind" "$encoder")" ] || pretrain "$kind" "$encoder"
+      from=$(weights_of "$kind" "$encoder")
       ;;
   esac
   case $init-$arch in  # another decoder than that of the pre-training starts from random weights

@@ -30,7 +30,8 @@ from utils import InputError, within
 INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
 CHANNELS = {"depth": 1, "flow": 2, "reconstruction": 3}
 # Monodepth2's range, 0.1 to 100; it takes KITTI's baseline for 0.1, so its unit is 5.4 m
-RANGES = {"mono": (0.1, 100.0), "stereo": (0.54, 540.0), "mono+stereo": (0.54, 540.0),
+RANGES = {"mono": (0.1, 100.0),
+          "stereo": (0.54, 540.0), "mono+stereo": (0.54, 540.0),
           "depth": (1.0, 100.0)}
 
 
@@ -83,7 +84,8 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
 def complete(args: Namespace) -> None:
     """Fills in the defaults that depend on other options."""
     if args.frame_ids is None:
-        args.frame_ids = [0, -1, 1] if is_video(args) else [0, -1] if args.task == "flow" else [0]
+        alone = [0, -1] if args.task == "flow" else [0]
+        args.frame_ids = [0, -1, 1] if is_video(args) else alone
     nearest, farthest = RANGES[args.supervision]
     args.min_depth = args.min_depth or nearest
     args.max_depth = args.max_depth or farthest
@@ -105,8 +107,10 @@ def check(args: Namespace) -> None:
         raise InputError("--task flow takes two frames, --frame_ids 0 -1, and --arch unet")
     if args.intrinsics == "learned" and (is_stereo(args) or not is_video(args)):
         raise InputError("--intrinsics learned is for --task depth --supervision mono")
-    if args.shuffle_depth is not None and not is_measured(args):
-        raise InputError("--shuffle_depth is for --task depth --supervision depth")
+    if args.task != "depth" and args.supervision != "mono":
+        raise InputError("--supervision is of --task depth")
+    if args.task != "reconstruction" and args.reconstruction != "paper":
+        raise InputError("--reconstruction is of --task reconstruction")
     if args.min_depth >= args.max_depth:
         raise InputError(f"--min_depth {args.min_depth:g} is not below --max_depth {args.max_depth:g}")
     shares = args.learning_rate_drop
@@ -234,10 +238,8 @@ def build(args: Namespace, device: torch.device) -> tuple[Objective, str]:
         middle = math.sqrt(args.min_depth * args.max_depth)
         disparity = losses.depth_to_disparity(middle, args.min_depth, args.max_depth)
         networks.set_head_bias(objective.model.decoder, math.log(disparity / (1 - disparity)))
-    loaded = "random weights"
-    if args.init != "none":
-        loaded = weights.load_weights(
-            objective.model, args.init, args.task, args.init_parts, objective.pose)
+    loaded = weights.load_weights(
+        objective.model, args.init, args.task, args.init_parts, objective.pose)
     return objective.to(device).train(), loaded
 
 
@@ -274,8 +276,6 @@ def introduce(args: Namespace, dataset: datasets.Clips, loaded: str) -> None:
     print(f"{args.name}: {len(dataset)} samples of {dataset.name}{left_out}")
     print(f"{args.arch} {args.encoder}, {loaded}; {args.width}x{args.height}, "
           f"{args.steps} steps of {args.batch_size} = {epochs:.1f} epochs on {args.device}")
-    if args.data == "camvid":
-        print("these are CamVid's evaluation images: the pre-training is transductive")
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -329,12 +329,12 @@ def main() -> int:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
 
+        optimizer.zero_grad(set_to_none=True)
         terms, views = step_module(batch)
         loss = terms["loss"]
         if "depth" in batch:
             measured = batch["depth"].clamp(args.min_depth, args.max_depth) == batch["depth"]
             loss = loss * utils.balance(measured)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         meter.add({**terms, "loss": loss}, waited)
         done = step + 1

@@ -135,9 +135,7 @@ def build(args: argparse.Namespace, classes: int, device: torch.device) -> tuple
     """The objective on its device, and what was loaded into it."""
     torch.manual_seed(args.seed)
     objective = Objective(args, classes, device)
-    loaded = "random weights"
-    if args.init != "none":
-        loaded = weights.load_weights(objective.model, args.init, "segmentation", args.init_parts)
+    loaded = weights.load_weights(objective.model, args.init, "segmentation", args.init_parts)
     objective.to(device).train()
     encoder = objective.model.encoder
     if args.freeze_encoder:
@@ -270,9 +268,9 @@ def main() -> int:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
 
+        optimizer.zero_grad(set_to_none=True)
         terms, logits = step_module(batch)
         loss = terms["loss"] * utils.balance(batch["label"] != IGNORE)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         meter.add({"loss": loss}, waited)
         done = step + 1

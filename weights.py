@@ -179,12 +179,14 @@ def adopt_positions(model: Network, options: dict) -> None:
 def load_weights(
     model: Network, path: str, task: str, parts: str = "all", pose: PoseNet | None = None
 ) -> str:
-    """Load a checkpoint ("imagenet" or a path) into a model and say what was taken.
+    """Load a checkpoint ("none", "imagenet" or a path) into a model and say what was taken.
 
     task: of the model; the head of another task's checkpoint is not taken. parts: "encoder" leaves the
     decoder as it is; "all" demands both, unless the format has only an encoder. pose: loaded as well
     where the checkpoint has one. Raises InputError naming the first mismatches.
     """
+    if path == "none":
+        return "random weights"
     if path == "imagenet":
         source, state, options = imagenet_checkpoint(model.encoder.name)
     else:
@@ -257,8 +259,10 @@ def load_model(path: str, device="cpu", task: str | None = None) -> tuple[Networ
     scales = tuple(range(len(weights)))
     model = build(arch, options["encoder"], channels, scales, **settings)
     for name, part in model.parts().items():
-        if "replaced" in fit(part, parts[name], name, path):
-            raise InputError(f"{path}: the {name}'s head does not fit its options")
+        fit(part, parts[name], name, path)
+        for key, value in part.state_dict().items():
+            if is_head(part, key) and value.shape != parts[name].get(key, value[:0]).shape:
+                raise InputError(f"{path}: the {name}'s head does not fit its options")
     return model.to(device, memory_format=torch.channels_last).eval(), options
 
 

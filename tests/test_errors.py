@@ -300,6 +300,24 @@ $ train_depth.py --data frames --data_path video --task reconstruction --batch_s
 $ train_depth.py --data frames --data_path video --task reconstruction --crop 128 128
 --crop 128 128
 
+$ train_depth.py --task flow --supervision stereo
+--supervision ... --task depth
+
+$ train_depth.py --reconstruction release
+--reconstruction ... --task reconstruction
+
+$ train_depth.py --shuffle_depth
+--shuffle_depth ... --supervision depth
+
+$ train_depth.py --supervision stereo --depth_rows 0.1 0.7
+--depth_rows ... --supervision depth
+
+$ train_depth.py --supervision stereo --fov 60
+--fov ... synthetic comes with its own
+
+$ train_depth.py --supervision depth --depth_scale 256
+--depth_scale ... synthetic comes with its own
+
 $ evaluate.py
 command
 

@@ -458,12 +458,13 @@ def test_the_claim_s_data(real):
     assert len(scored) == 7 and len(set(scored)) == 7  # quality of every depth pre-training
 
 
-@pytest.mark.parametrize("data", ["synthetic", "kitti"])
-def test_every_start_is_trained_before(data):
+@pytest.mark.parametrize(("data", "published"), [("synthetic", ""), ("kitti", ""), ("kitti", "1")])
+def test_every_start_is_trained_before(data, published):
     folders = set()
-    for words in list_jobs(DATA=data, SEEDS="0"):
+    for words in list_jobs(DATA=data, PUBLISHED=published, SEEDS="0"):
         if words[0] == "evaluate.py":
-            assert folders.issuperset(words[words.index("--weights") + 1 :]), words
+            for path in words[words.index("--weights") + 1 :]:
+                assert path in folders or (published and path.startswith("weights/")), words
             continue
         args = parse(words)
         if args.init.startswith(args.log_dir):
@@ -515,6 +516,18 @@ def test_unknown_names_are_refused():
             ["bash", "run_all.sh", *names], cwd=ROOT, text=True, capture_output=True, check=False
         )
         assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_published_weights_are_of_kitti():
+    done = subprocess.run(
+        ["bash", "run_all.sh", "table1"],
+        cwd=ROOT,
+        env={**os.environ, "DATA": "synthetic", "PUBLISHED": "1"},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "DATA=kitti" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_shell_scripts_pass_shellcheck():

@@ -152,11 +152,11 @@ class DepthTraining:
         return batch
 
     def forward(self, batch: dict) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
         terms, _ = self.module(batch)
         return terms["loss"]
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
 
     def update(self) -> None:
