@@ -12,8 +12,9 @@ import math
 import os
 import shutil
 import signal
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -43,8 +44,6 @@ class StepBatches(Sampler):
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int):
-        if size < batch_size:
-            raise InputError(f"--batch_size {batch_size} is larger than the data ({size} samples)")
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
@@ -228,6 +227,11 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+def seed_dropout(seed: int, step: int) -> None:
+    """What networks draw themselves (DeepLabV3's dropout) follows from seed and step as well."""
+    torch.manual_seed(seed * 1_000_003 + step)
+
+
 def draw_uniform(count: int, columns: int, generator: torch.Generator) -> Tensor:
     """This process's rows (count, columns) of what is drawn for the batch of all processes."""
     drawn = torch.rand(count * processes(), columns, generator=generator)
@@ -335,10 +339,10 @@ def train_batches(dataset: Samples, args: argparse.Namespace, start: int,
 
     Clips: "frames" (B, F, 3, H, W) in [0, 1], target first, "K" (B, 3, 3), "stereo_T"? (B, 4, 4),
     "depth"? (B, 1, H, W) metres, "camera"? (B,). Labelled images: "image" (B, 3, H, W), "label"
-    (B, H, W) int64. Both: "mirrored" (B,) bool, and "index" (B,), which stays on the CPU.
+    (B, H, W) int64. Both: "mirrored" (B,) bool, and for the caller "index" (B,), on the CPU, and
+    "waited", the seconds until the files were read.
     """
     steps = StepBatches(len(dataset), args.batch_size, args.seed, start, args.steps)
-    check_crop(args, dataset.size)
     arrays = on_device(dataset, device)
     if arrays is not None:
         source = gather_steps(arrays, steps, device)
@@ -350,8 +354,10 @@ def train_batches(dataset: Samples, args: argparse.Namespace, start: int,
     return finish(dataset, args, zip(steps, source), device)
 
 
-def check_crop(args: argparse.Namespace, size: Size) -> None:
-    """Refuses a --crop larger than the image, and --scale without a crop."""
+def check_fit(args: argparse.Namespace, samples: int, size: Size) -> None:
+    """Refuses a batch larger than the data, a crop larger than the image, --scale without a crop."""
+    if samples < getattr(args, "batch_size", 1):
+        raise InputError(f"--batch_size {args.batch_size} is larger than the data, {samples} samples")
     crop = getattr(args, "crop", None)
     if getattr(args, "scale", None) and not crop:
         raise InputError("--scale needs a --crop, which gives all images of a batch one size")
@@ -426,7 +432,7 @@ def finish(dataset: Samples, args: argparse.Namespace, source: Iterator,
     """Augments batches on the device; images become floats in [0, 1] there."""
     crop = getattr(args, "crop", None)
     scale = getattr(args, "scale", None)
-    for step, batch in source:
+    for waited, (step, batch) in timed(source):
         if "error" in batch:
             raise InputError(batch["error"])
         indices = torch.tensor([index for index, _ in step])
@@ -443,7 +449,16 @@ def finish(dataset: Samples, args: argparse.Namespace, source: Iterator,
         if dataset.camera_of is not None:
             batch["camera"] = to_device(dataset.camera_of[indices], device)
         batch["index"] = indices
+        batch["waited"] = waited
         yield batch
+
+
+def timed(source: Iterable) -> Iterator[tuple[float, object]]:
+    """Each item after the seconds that it was waited for."""
+    began = time.perf_counter()
+    for item in source:
+        yield time.perf_counter() - began, item
+        began = time.perf_counter()
 
 
 # ---- the cache ---------------------------------------------------------------------------------

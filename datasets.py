@@ -27,7 +27,7 @@ from batches import (
     Cache,
     Row,
     Samples,
-    check_crop,
+    check_fit,
     color_jitter,
     draw_jitter,
     draw_patches,
@@ -37,7 +37,6 @@ from batches import (
 from images import (
     DEPTH_MODES,
     IMAGE_EXTENSIONS,
-    NUMBER,
     SAME_ASPECT,
     VIDEO_EXTENSIONS,
     Size,
@@ -57,7 +56,6 @@ from images import (
     read_image,
     read_intrinsics,
     read_lines,
-    read_number,
     read_points,
     read_text,
     resize,
@@ -826,16 +824,18 @@ class Frames(Clips):
             words = line.partition("#")[0].split()
             if not words:
                 continue
-            times = [NUMBER.match(word) for word in words[::2]]
+            times = [re.fullmatch(r"\d+(\.\d+)?", word) for word in words[::2]]
             if len(words) != 4 or None in times:
                 raise InputError(f"{file}: a line is TIME FILE TIME FILE, not {line.strip()!r}")
             files = [os.path.join(folder, name) for name in words[1::2]]
             colour = 1 if "depth" in words[1] else 0
             depth = (files[1 - colour], scale)
-            rows.append((read_number(times[colour]), files[colour], depth))
+            rows.append((round(1e9 * float(words[2 * colour])), files[colour], depth))
         if not rows:
             raise InputError(f"{file}: no line names images")
         numbers, paths, depths = zip(*sorted(rows))
+        if len(set(numbers)) < len(numbers):
+            raise InputError(f"{file}: two images have the same time")
         place = os.path.relpath(folder, self.root)
         return Sequence(os.path.normpath(f"{place}/*"), folder, paths, numbers, depths)
 
@@ -1209,7 +1209,7 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
     cls, root = find_data(args.data, args.data_path, CLIPS)
     options = {"drives": args.drives, "frames": tuple(args.frames), "split": args.split,
                "with_depth": with_depth, "height": args.height, "width": args.width}
-    if issubclass(cls, Frames):
+    if issubclass(cls, Frames) and cls is not NyuClips:
         options["fov"] = args.fov or fov
         options["depth_scale"] = args.depth_scale
         options["baseline"] = args.baseline
@@ -1219,7 +1219,7 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
     if args.split and not dataset.listed:
         raise InputError(f"--split {args.split}: none of its drives is in {root}, or --drives or "
                          "--frames choose others")
-    check_crop(args, dataset.size)
+    check_fit(args, len(dataset), dataset.size)
     if dataset.dropped_count > len(dataset):
         print(f"warning: more is left out than used: {dataset.dropped}")
     if args.depth_rows and args.depth_rows[0] >= args.depth_rows[1]:
@@ -1240,7 +1240,7 @@ def find_labelled(args: argparse.Namespace, split: str, train: bool = False) -> 
     if not train:
         return cls(root, split, **options)
     dataset = cls(root, split, train_size=args.train_size, split_seed=args.split_seed, **options)
-    check_crop(args, dataset.size)
+    check_fit(args, len(dataset), dataset.size)
     use_cache(dataset, args)
     return dataset
 

@@ -291,19 +291,18 @@ def supervised_depth_loss(
     """Second term of Eq. (1): L1 in metres over all measured pixels, averaged over scales.
 
     measured: (B, 1, H, W). Only values in [min_depth, max_depth] train: 0 means unknown, and the
-    sky of a renderer is farther than the network can answer.
+    sky of a renderer is farther than the network can answer. Views: depth, measured (what trains).
     """
     valid = (measured >= min_depth) & (measured <= max_depth)
-    depths = []
+    views = {"measured": valid}
     errors = []
     for disparity in disparities:
         full = upsample(disparity, measured.shape[2:])
         depth = disparity_to_depth(full, min_depth, max_depth)
         error = (depth - measured).abs()
-        depths.append(depth)
         errors.append(masked_mean(error, valid))
-    loss = torch.stack(errors).mean()
-    return {"loss": loss}, {"depth": depths[0].detach()}
+        views.setdefault("depth", depth.detach())  # of the finest scale
+    return {"loss": torch.stack(errors).mean()}, views
 
 
 # ---------------------------------------------------------------- baselines: flow, reconstruction

@@ -7,11 +7,13 @@ Functions that return dicts; training and evaluate.py call the same ones. Percen
 """
 
 import math
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from labels import CITYSCAPES_CLASSES, Labelled
 from utils import IGNORE, InputError
@@ -303,6 +305,31 @@ def batch_size(dataset: Labelled) -> int:
 
 # ---- during a training --------------------------------------------------------------------------
 
+def refuse_nonfinite(terms: dict, module: torch.nn.Module, step: int, indices: torch.Tensor) -> None:
+    """Before the update, ends a run whose loss or gradient is not finite (exit code 1).
+
+    A GPU is asked at some steps only: what is bad may be so since an earlier one.
+    """
+    bad = [name for name, value in terms.items() if not value.isfinite()]
+    gradients = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            gradients[f"gradient of {name}"] = parameter.grad
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    if not bad and not norm.isfinite():
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    if bad:
+        sys.exit(f"stopped: {bad[-1]} is not finite by step {step} (its samples: {indices.tolist()})")
+
+
+def warn_of_trouble(terms: dict, views: dict, known: dict[str, str]) -> None:
+    """Prints what looks wrong and is not among the known, and adds it to these."""
+    found = find_trouble(terms, views)
+    for kind in found.keys() - known.keys():
+        tqdm.write(f"warning: {found[kind]}")
+    known |= found
+
+
 def find_trouble(terms: dict, views: dict) -> dict[str, str]:
     """What looks wrong in a training. Waits for the device, so at log steps only."""
     trouble = {}
@@ -317,9 +344,9 @@ def find_trouble(terms: dict, views: dict) -> dict[str, str]:
                                 "or a lower --learning_rate")
     if "poses" in views:
         change = (views["poses"] - torch.eye(4, device=views["poses"].device))[:, :, :3]  # (B, S, 3, 4)
+        turned = change[..., :3].abs().mean((0, 2, 3))  # (S,)
+        moved = change[..., 3].norm(dim=-1).mean(0) / views["depth"].mean()
         # of the source that moves least: the other camera, if it is one, is not learned
-        turned = float(change[..., :3].abs().mean((0, 2, 3)).amin())
-        moved = float(change[..., 3].norm(dim=-1).mean(0).amin() / views["depth"].mean())
-        if max(moved, turned) < 1e-3:
+        if float(torch.maximum(turned, moved).amin()) < 1e-3:
             trouble["pose"] = "the pose network sees hardly any motion, which depth is learned from"
     return trouble

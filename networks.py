@@ -324,7 +324,8 @@ class Intrinsics(nn.Module):
 
     def __init__(self, given: Tensor, start: Tensor, size: tuple[int, int]):
         super().__init__()
-        self.size = size
+        height, width = size
+        self.register_buffer("extent", start.new_tensor([width, height]), persistent=False)
         self.register_buffer("given", given.clone())
         self.register_buffer("start", start.clone())
         cameras = len(start)
@@ -334,11 +335,10 @@ class Intrinsics(nn.Module):
 
     def cameras(self) -> Tensor:
         """K (cameras, 3, 3) of whole images, as learned so far."""
-        height, width = self.size
         ratio = math.log(1.1) / 2 * self.ratio.tanh()
         stretch = math.log(3) * self.focal.tanh()
         stretch = stretch + torch.cat([ratio, -ratio], 1)  # log of the change of fx, fy
-        shift = self.start.new_tensor([width, height]) / 4 * self.centre.tanh()  # of cx, cy
+        shift = self.extent / 4 * self.centre.tanh()  # of cx, cy
         factors = F.pad(stretch.exp() - 1, (0, 1))
         K = self.start * (1 + factors.diag_embed())
         return K + F.pad(shift[..., None], (2, 0, 0, 1))
@@ -434,7 +434,7 @@ def build_decoder(
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse image sizes that the network cannot take, and for DeepLabV3 one image a process."""
+    """Refuse image sizes that the network cannot take, a DeepLabV3 batch of one, and what others ignore."""
     step = VITS[args.encoder][0] if args.encoder in VITS else 32
     sides = [("height", args.height), ("width", args.width)]
     for side in vars(args).get("crop") or ():
@@ -445,3 +445,5 @@ def check_options(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value} is not a multiple of {step}: try {nearest}")
     if args.arch == "deeplabv3" and args.batch_size < 2:
         raise InputError("--arch deeplabv3 normalises over the batch, which takes two images")
+    if args.arch != "deeplabv3" and args.output_stride != 8:
+        raise InputError("--output_stride is for --arch deeplabv3")

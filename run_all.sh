@@ -19,7 +19,8 @@
 # Settings, from the environment:
 #   DATA=synthetic|kitti   SEEDS="0 1 2"   JOBS at a time   RUNS, the folder of runs   PYTHON=python
 #   KITTI (or KITTI_RAW and KITTI_LABELS), CITYSCAPES, NYU (labelled), NYU_RAW (scenes), VOC, ADE20K, CAMVID: roots
-#   SUFFIX=jpg|png of KITTI's frames   WEIGHTS=weights, downloaded checkpoints   CACHE, a folder for decoded frames
+#   STREET, where the street is rendered   SUFFIX=jpg|png of KITTI's frames
+#   WEIGHTS=weights, downloaded checkpoints   CACHE, a folder for decoded frames
 #   of real: SIZE="96 320" CAMVID_SIZE="192 256" BATCH=4, pre-training STEPS=2000 at RATE=5e-4, fine-tuning
 #   TUNING_STEPS=300 at TUNING_RATE=1e-3
 # shellcheck disable=SC2034,SC2046,SC2086  # settings are words; functions read those of their caller
@@ -56,6 +57,7 @@ if [ "$DATA" = synthetic ]; then  # two CPU cores: small, one thread a job
   main=stereo size="--height 64 --width 192" large="--height 128 --width 384"
   depth="--steps 250 --batch_size 4 --learning_rate 1e-3 --num_workers 0" flow=$depth reconstruction=$depth
   batch=4 tuning="--steps 60 --learning_rate 2e-3 --eval_every 30 --num_workers 0"
+  counts="8 16 32"  # 51 of the street's labelled images are for training
 else  # the paper's settings: 20 epochs of 39,810 samples for depth, 50 for flow and reconstruction
   JOBS=${JOBS:-1} CACHE=${CACHE-}
   video=(--data kitti --data_path "$KITTI_RAW") labels=(--data kitti --data_path "$KITTI_LABELS")
@@ -66,6 +68,7 @@ else  # the paper's settings: 20 epochs of 39,810 samples for depth, 50 for flow
   reconstruction="--steps 248800 --batch_size 8 --learning_rate 1e-4"
   reconstruction+=" --learning_rate_drop 0.5 --learning_rate_factor 0.5"
   batch=16 tuning="--steps 20000 --learning_rate 1e-4 --eval_every 1000"
+  counts="8 16 32 64 128"
 fi
 prefix=""         # of names, on other data
 of=""             # of names of fine-tunings, on other labels
@@ -146,7 +149,7 @@ fig2() {  # how fast each start learns
 
 fig3() {  # number of training images
   local images
-  for images in 8 16 32 64 128; do each "$paper" resnet18 unet all $images; done
+  for images in $counts; do each "$paper" resnet18 unet all $images; done
 }
 
 fig4() {  # frozen encoders, by learning rate; 1e-4 is that of the other tables
@@ -413,7 +416,7 @@ main() {
   esac
   mkdir -p "$RUNS"
   if [ "$DATA" = synthetic ] && [ "$RUNS" != "$REAL" ] && [ ! -e "$STREET" ]; then
-    "$PYTHON" tools/street.py --data_path "$STREET" --labelled 80 --preview "$RUNS/street.png"
+    "$PYTHON" tools/street.py --data_path "$STREET" --preview "$RUNS/street.png"
   fi
   "$PYTHON" tools/run_jobs.py --jobs "$JOBS" <<< "$jobs" || code=$?
   [ $code != 75 ] || exit 75

@@ -3,7 +3,6 @@
     python train_depth.py                                        # the synthetic street
     python train_depth.py --data kitti --supervision mono+stereo # the paper's KITTI pre-training
     python train_depth.py --data frames --data_path my_video --fov 60
-    python train_depth.py --task flow --learning_rate 5e-5 --batch_size 8
 
 Weights, options, log and pictures go to runs/<name>/; the same command again continues there.
 """
@@ -30,9 +29,13 @@ from utils import InputError, within
 INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
 CHANNELS = {"depth": 1, "flow": 2, "reconstruction": 3}
 # Monodepth2's range, 0.1 to 100; it takes KITTI's baseline for 0.1, so its unit is 5.4 m
-RANGES = {"mono": (0.1, 100.0),
-          "stereo": (0.54, 540.0), "mono+stereo": (0.54, 540.0),
+RANGES = {"mono": (0.1, 100.0), "stereo": (0.54, 540.0), "mono+stereo": (0.54, 540.0),
           "depth": (1.0, 100.0)}
+# what reads an option that not everything reads: see kind_of
+READ_BY = {"supervision": RANGES, "min_depth": RANGES, "max_depth": RANGES, "monodepth2": RANGES,
+           "smoothness": ("mono", "stereo", "mono+stereo", "flow"),
+           "intrinsics": ("mono",),
+           "reconstruction": ("reconstruction",)}
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -76,6 +79,10 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     utils.add_run_options(parser)
     utils.add_device_options(parser)
     args = parser.parse_args(argv)
+    for option, readers in READ_BY.items():
+        given = getattr(args, option) != parser.get_default(option)
+        if given and kind_of(args) not in readers:
+            raise InputError(f"--{option} is for {', '.join(readers)}, not for {kind_of(args)}")
     complete(args)
     check(args)
     return args
@@ -91,10 +98,9 @@ def complete(args: Namespace) -> None:
     args.max_depth = args.max_depth or farthest
     if args.smoothness is None:
         args.smoothness = 2.0 if args.task == "flow" else 1e-3
-    kind = args.supervision if args.task == "depth" else args.task
     network = args.encoder if args.arch == "unet" else f"{args.arch}_{args.encoder}"
     init = args.init if args.init in ("none", "imagenet") else "init"
-    args.name = args.name or f"{kind}_{args.data}_{network}_{init}_seed{args.seed}"
+    args.name = args.name or f"{kind_of(args)}_{args.data}_{network}_{init}_seed{args.seed}"
 
 
 def check(args: Namespace) -> None:
@@ -105,12 +111,6 @@ def check(args: Namespace) -> None:
         raise InputError("--frame_ids: video and flow need source frames, other tasks none")
     if args.task == "flow" and (len(args.frame_ids) != 2 or args.arch != "unet"):
         raise InputError("--task flow takes two frames, --frame_ids 0 -1, and --arch unet")
-    if args.intrinsics == "learned" and (is_stereo(args) or not is_video(args)):
-        raise InputError("--intrinsics learned is for --task depth --supervision mono")
-    if args.task != "depth" and args.supervision != "mono":
-        raise InputError("--supervision is of --task depth")
-    if args.task != "reconstruction" and args.reconstruction != "paper":
-        raise InputError("--reconstruction is of --task reconstruction")
     if args.min_depth >= args.max_depth:
         raise InputError(f"--min_depth {args.min_depth:g} is not below --max_depth {args.max_depth:g}")
     shares = args.learning_rate_drop
@@ -119,16 +119,21 @@ def check(args: Namespace) -> None:
     networks.check_options(args)
 
 
+def kind_of(args: Namespace) -> str:
+    """The supervision of depth, or the other task."""
+    return args.supervision if args.task == "depth" else args.task
+
+
 def is_video(args: Namespace) -> bool:
-    return args.task == "depth" and "mono" in args.supervision
+    return "mono" in kind_of(args)
 
 
 def is_stereo(args: Namespace) -> bool:
-    return args.task == "depth" and "stereo" in args.supervision
+    return "stereo" in kind_of(args)
 
 
 def is_measured(args: Namespace) -> bool:
-    return args.task == "depth" and args.supervision == "depth"
+    return kind_of(args) == "depth"
 
 
 # ---- data and model ----------------------------------------------------------------------------
@@ -261,6 +266,7 @@ def learning_rate(args: Namespace, step: int) -> float:
 def add_draws(batch: dict, args: Namespace, step: int) -> None:
     """Adds the step's random numbers to its batch: functions of seed and step alone."""
     frames = batch["frames"]
+    batches.seed_dropout(args.seed, step)
     draws = {"jitter": batches.draw_jitter(len(frames), args.seed, step)}
     if args.task == "reconstruction":
         kind = "rectangles" if args.reconstruction == "paper" else "patches"
@@ -287,8 +293,6 @@ def main() -> int:
 
     # data
     dataset = make_dataset(args)
-    if len(dataset) < args.batch_size:
-        raise InputError(f"--batch_size {args.batch_size} is larger than the data, {len(dataset)}")
     dataset.read(0)  # wrong paths and calibrations show at once
 
     # model
@@ -304,13 +308,14 @@ def main() -> int:
     if run.finished:
         print(f"{run.folder}: finished already")
         return 0
+    step_module = utils.prepare(objective, args, device)
     start = run.restore(optimizer, objective.parts())
     introduce(args, dataset, loaded)
     keys = ("task", "supervision", "arch", "encoder", "init", "height", "width", "crop", "frame_ids",
             "min_depth", "max_depth", "data", "seed", "shuffle_depth", "reconstruction")
-    options = {key: getattr(args, key) for key in keys} | objective.model.settings
+    options = {key: getattr(args, key) for key in keys}
+    options |= objective.model.settings
     options |= {"metric": objective.metric, "samples": len(dataset)}
-    step_module = utils.prepare(objective, args, device)
 
     # loop
     meter = utils.Meter()
@@ -318,31 +323,29 @@ def main() -> int:
     record = {}
     done = start
     stream = batches.train_batches(dataset, args, start, device)
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps,
-                    disable=None if run.writes else True)
-    for step in progress:
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps,
+                     disable=None if run.writes else True):
         began = time.perf_counter()
         batch = next(stream)
+        indices = batch.pop("index")
+        waited = batch.pop("waited")
         add_draws(batch, args, step)
-        waited = time.perf_counter() - began
         rate = learning_rate(args, step)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
 
         optimizer.zero_grad(set_to_none=True)
         terms, views = step_module(batch)
-        loss = terms["loss"]
-        if "depth" in batch:
-            measured = batch["depth"].clamp(args.min_depth, args.max_depth) == batch["depth"]
-            loss = loss * utils.balance(measured)
-        loss.backward()
-        meter.add({**terms, "loss": loss}, waited)
+        if "measured" in views:
+            terms["loss"] = terms["loss"] * utils.balance(views["measured"])
+        terms["loss"].backward()
+        meter.add(terms, waited)
         done = step + 1
         last = done == args.steps or run.stops()
         logs = last or done % args.log_every == 0
         saves = last or done % args.save_every == 0
         if logs or saves or device.type == "cpu":  # reading values synchronises a GPU
-            utils.refuse_nonfinite(terms, objective, done, batch["index"])
+            metrics.refuse_nonfinite(terms, objective, done, indices)
         optimizer.step()
         if step == start:  # includes compiling
             tqdm.write(f"first step: {time.perf_counter() - began:.1f} s")
@@ -354,11 +357,8 @@ def main() -> int:
             if objective.intrinsics is not None:
                 record |= images.focal_and_centre(learned.cameras().detach().mean(0))
             run.log({"step": done, **record})
-            progress.set_postfix(loss=f"{record['loss']:.4g}")
-            found = metrics.find_trouble(terms, views) if done > 0.1 * args.steps else {}
-            for kind in found.keys() - trouble.keys():
-                tqdm.write(f"warning: {found[kind]}")
-            trouble |= found
+            if done > 0.1 * args.steps:
+                metrics.warn_of_trouble(terms, views, trouble)
         if saves:
             run.save(done, options, optimizer, objective.parts())
         if last:

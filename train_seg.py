@@ -89,8 +89,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     args.freeze_encoder |= args.arch == "linear"
     if args.freeze_encoder and args.freeze_batch_norm_only:
         raise InputError("--freeze_encoder and --freeze_batch_norm_only: choose one")
-    if args.scale is not None and args.crop is None:
-        raise InputError("--scale needs --crop: scaled images differ in size")
     args.name = args.name or default_name(args)
     networks.check_options(args)
     return args
@@ -128,7 +126,7 @@ class Objective(torch.nn.Module):
                 image, batch["jitter"], self.args.jitter, hue=0.0, probability=1.0)
         with self.autocast():
             logits = self.model(image)[0]
-        return losses.segmentation_loss(logits, batch["label"]), logits
+        return losses.segmentation_loss(logits, batch["label"]), logits.detach()
 
 
 def build(args: argparse.Namespace, classes: int, device: torch.device) -> tuple[Objective, str]:
@@ -153,6 +151,8 @@ def calibrate_batch_norm(encoder: torch.nn.Module, train_set: datasets.Labelled)
     """
     device = next(encoder.parameters()).device
     norms = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    if not norms:
+        raise InputError("--calibrate_batch_norm: this encoder has no batch norm")
     modes = {norm: (norm.momentum, norm.training) for norm in norms}
     for norm in norms:
         norm.reset_running_stats()
@@ -204,8 +204,6 @@ def main() -> int:
     # data
     train_set = datasets.find_labelled(args, "train", train=True)
     val_set = datasets.find_labelled(args, "val")
-    if len(train_set) < args.batch_size:
-        raise InputError(f"--batch_size {args.batch_size} is larger than the data, {len(train_set)}")
     val_set.read_all(native_label=True)  # bad files of a small set show at once
     seen = train_set.read_all()
     absent = [name for c, name in enumerate(train_set.classes) if c not in seen]
@@ -227,6 +225,7 @@ def main() -> int:
     if run.finished:
         print(f"{run.folder}: finished already")
         return 0
+    step_module = utils.prepare(objective, args, device)
     start = run.restore(optimizer, model.parts())
     print(f"{args.name}: {len(train_set.classes)} classes of {args.data}, {len(train_set)} images "
           f"for training and {len(val_set)} for evaluation")
@@ -241,7 +240,6 @@ def main() -> int:
     options["task"] = "segmentation"
     options["classes"] = list(train_set.classes)
     options["colours"] = [list(colour) for colour in train_set.colours]
-    step_module = utils.prepare(objective, args, device)
 
     def evaluate_now(done: int) -> dict:
         scores = metrics.evaluate_segmentation(model, val_set, device, window=window)
@@ -255,15 +253,16 @@ def main() -> int:
     meter = utils.Meter()
     done = start
     stream = batches.train_batches(train_set, args, start, device)
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps,
-                    disable=None if run.writes else True)
-    for step in progress:
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps,
+                     disable=None if run.writes else True):
         began = time.perf_counter()
         batch = next(stream)
+        indices = batch.pop("index")
+        waited = batch.pop("waited")
+        batches.seed_dropout(args.seed, step)
         if args.jitter > 0:
             draws = batches.draw_jitter(len(batch["image"]), args.seed, step)
             batch["jitter"] = batches.to_device(draws, device)
-        waited = time.perf_counter() - began
         rate = learning_rate(args, step)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
@@ -278,7 +277,7 @@ def main() -> int:
         logs = last or done % args.log_every == 0
         saves = last or done % args.save_every == 0
         if logs or saves or device.type == "cpu":  # reading values synchronises a GPU
-            utils.refuse_nonfinite(terms, objective, done, batch["index"])
+            metrics.refuse_nonfinite(terms, objective, done, indices)
         if args.clip_gradients:
             torch.nn.utils.clip_grad_norm_(trained, args.clip_gradients)
         optimizer.step()
@@ -286,13 +285,12 @@ def main() -> int:
             tqdm.write(f"first step: {time.perf_counter() - began:.1f} s")
 
         if run.writes and (step == 0 or saves):
-            prediction = logits.detach().argmax(1)
+            prediction = logits.argmax(1)
             grid = pictures.draw_labels(batch["image"], batch["label"], prediction, train_set.colours)
             grid.save(run.path(f"samples/{done:06d}.png"))
         if logs:
             record = {**meter.record(args.batch_size), "learning_rate": rate}
             run.log({"step": done, **record})
-            progress.set_postfix(loss=f"{record['loss']:.4g}")
         if run.writes and (done % args.eval_every == 0 or done == args.steps):
             began = time.perf_counter()
             scores = evaluate_now(done)

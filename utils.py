@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from typing import BinaryIO
 
@@ -44,7 +45,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {line.removeprefix('utils.InputError: ')}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough
-        os._exit(0)
+        os._exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -87,8 +88,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Options that cost or save time and memory, for both training scripts."""
     add = parser.add_argument_group("speed").add_argument
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=default, help="cpu, cuda or cuda:N")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N")
     add("--amp", choices=("auto", "none", "bf16"), default="auto",
         help="networks in bfloat16, heads and losses in float32 (auto: on a GPU)")
     add("--compile", choices=("auto", "none", "all"), default="auto",
@@ -101,6 +102,8 @@ def pick_device(name: str) -> torch.device:
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if not match or (name != "cpu" and int(match[1] or 0) >= count):
         raise InputError(f"--device {name}: use cpu, cuda or cuda:N; CUDA devices here: {count}")
+    if match[1]:
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 
@@ -147,8 +150,10 @@ def join_processes(args: argparse.Namespace) -> None:
             raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} processes on this machine, "
                              f"{torch.cuda.device_count()} GPUs: start one process a GPU")
         args.device = f"cuda:{local}"
-        torch.cuda.set_device(local)
-    dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+    elif args.device != "cpu":
+        raise InputError(f"--device {args.device}: torchrun gives each process a GPU; use cuda")
+    backend = "gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait for evaluations
     atexit.register(dist.destroy_process_group)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
@@ -408,13 +413,3 @@ class Meter:
         record["ms_data"] = 1000 * self.waited / self.steps
         self.__init__()
         return record
-
-
-def refuse_nonfinite(terms: dict, module: nn.Module, step: int, indices: torch.Tensor) -> None:
-    """Before the update, ends a run whose loss or gradient is not finite (exit code 1)."""
-    bad = [name for name, value in terms.items() if not value.isfinite()]
-    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    if not bad and not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
-        bad = [f"gradient of {name}" for name, g in gradients.items() if not g.isfinite().all()]
-    if bad:
-        sys.exit(f"stopped: {bad[-1]} is not finite at step {step} (samples {indices.tolist()})")

@@ -342,13 +342,14 @@ def clips(
 ):
     """The clips that a training with these --frame_ids reads."""
     return datasets.find_clips(
-        options(data, path, *more), frame_ids.split(), with_depth, fov
+        options(data, path, *more, batch_size=1), frame_ids.split(), with_depth, fov
     )
 
 
 def labelled(data: str, path, split: str, train: bool = False, **extra):
     """The labelled images of a split, at 96x64 pixels unless told otherwise."""
     defaults = {
+        "batch_size": 1,
         "train_size": None,
         "split_seed": 0,
         "leave_out": None,

@@ -424,6 +424,24 @@ def test_tum_associations(tmp_path):
     assert len(clips("frames", tmp_path, "0 -1 1", *more)) == 2
 
 
+@pytest.mark.parametrize("times", (("0.000000", "0.033333", "0.066667"), ("9.9", "10.0", "10.1")))
+def test_tum_times_of_any_length(tmp_path, times):
+    """Times since the start of the recording order frames as well as those since 1970."""
+    lines = []
+    for number, time in enumerate(times):
+        make_data.write_image(tmp_path / f"rgb/{number}.png", seed=number)
+        make_data.write_depth(tmp_path / f"depth/{number}.png", number + 1, scale=5000)
+        lines.append(f"{time} rgb/{number}.png {time} depth/{number}.png")
+    make_data.write_text(tmp_path / "associations.txt", "\n".join(lines) + "\n")
+    more = ("--fov", "60", "--depth_scale", "5000")
+    dataset = clips("frames", tmp_path, "0", *more, with_depth=True)
+    assert [float(dataset.read(i)["depth"].mean()) for i in range(3)] == pytest.approx([1, 2, 3])
+    (sample,) = clips("frames", tmp_path, "0 -1 1", *more).samples
+    assert [path.name for path in map(Path, sample["images"])] == ["1.png", "0.png", "2.png"]
+    make_data.write_text(tmp_path / "associations.txt", "\n".join([*lines, lines[0]]) + "\n")
+    assert_refused("same time", lambda: clips("frames", tmp_path, "0", *more))
+
+
 def write_left_and_right(root) -> str:
     for side in ("left", "right"):
         for number in range(4):

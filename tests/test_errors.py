@@ -241,7 +241,7 @@ $ train_depth.py --min_depth 5 --max_depth 4
 --min_depth 5 ... --max_depth 4
 
 $ train_depth.py --intrinsics learned --supervision stereo
---intrinsics learned ... --supervision mono
+--intrinsics ... mono, not for stereo
 
 $ train_depth.py --learning_rate_drop 0.5 0.75 --learning_rate_factor 0.1
 --learning_rate_drop ... as many values
@@ -301,10 +301,10 @@ $ train_depth.py --data frames --data_path video --task reconstruction --crop 12
 --crop 128 128
 
 $ train_depth.py --task flow --supervision stereo
---supervision ... --task depth
+--supervision ... flow
 
 $ train_depth.py --reconstruction release
---reconstruction ... --task reconstruction
+--reconstruction ... mono
 
 $ train_depth.py --shuffle_depth
 --shuffle_depth ... --supervision depth
@@ -317,6 +317,24 @@ $ train_depth.py --supervision stereo --fov 60
 
 $ train_depth.py --supervision depth --depth_scale 256
 --depth_scale ... synthetic comes with its own
+
+$ train_depth.py --encoder resnet50 --output_stride 16
+--output_stride ... deeplabv3
+
+$ train_seg.py --data kitti --data_path labels --encoder vit_s16 --arch dpt --calibrate_batch_norm
+--calibrate_batch_norm
+
+$ tools/check_data.py --data frames --data_path video --frame_ids 1 0
+--frame_ids
+
+$ tools/check_data.py --data frames --data_path video --frame_ids 0 x
+--frame_ids
+
+$ train_depth.py --task flow --monodepth2
+--monodepth2 ... flow
+
+$ train_depth.py --supervision depth --smoothness 0.1
+--smoothness ... depth
 
 $ evaluate.py
 command

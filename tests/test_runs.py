@@ -620,7 +620,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, unfinished):
     before = (run / "last.pt").read_bytes()
     result = call(train_depth, *options, expect=1)
     assert re.search(
-        r"stopped: gradient of \S*decoder\S* is not finite at step 3 \(samples \[", result.err
+        r"stopped: gradient of \S*decoder\S* is not finite by step 3 \(its samples: \[", result.err
     )
     assert (run / "last.pt").read_bytes() == before
 

@@ -16,6 +16,7 @@ import scipy.stats
 from conftest import assert_one_line, call
 from PIL import Image
 
+import train_seg
 from tools import claim, tables
 from tools.runs import read_runs
 
@@ -182,6 +183,8 @@ def test_figure_2_steps(table1):
 def test_tables_without_runs_are_not_shown(tmp_path):
     write_run(tmp_path, "seg_none_resnet18_unet_all_n8_seed0", 40.0)
     write_run(tmp_path, "my_own_try", 41.0)
+    options = ("--data", "kitti", "--init", "runs/own", "--train_size", "16")
+    write_run(tmp_path, train_seg.parse_options(options).name, 43.0)  # the name it has by default
     text = make_tables(tmp_path)
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         "## Figure 3: number of training images, ResNet18",
@@ -191,11 +194,13 @@ def test_tables_without_runs_are_not_shown(tmp_path):
         2:4
     ] == ["1", "40.0"]
     assert row_of(text, "Other runs")[1:4] == ["pre-training", "runs", "mIoU %"]
+    *_, own = text.strip().splitlines()
+    assert [cell.strip() for cell in own.split("|")[2:5]] == ["None", "2", "42.0 ± 1.4"]
     everything = make_tables(tmp_path, "--all")
     assert everything.count("## ") >= len(tables.LAYOUTS) and "–" in everything
     assert row_of(everything, "Table 5", "full, training", "Depth-cropped")[3] == "– [86.80]"
     with open(tmp_path / "tables.csv") as file:
-        assert [row["miou"] for row in csv.DictReader(file)] == ["41.0", "40.0"]
+        assert [row["miou"] for row in csv.DictReader(file)] == ["41.0", "43.0", "40.0"]
 
 
 def test_training_scores_and_the_best_of_a_grid(tmp_path):
@@ -209,10 +214,14 @@ def test_training_scores_and_the_best_of_a_grid(tmp_path):
     )
     for rate, miou in (("", 20.0), ("_lr1e-5", 10.0), ("_lr1e-3", 25.0)):
         write_run(tmp_path, f"seg_depth_resnet18_unet_frozen_n16{rate}_seed0", miou)
+    for init, miou in (("none", 5.0), ("calibrated", 12.0)):
+        write_run(tmp_path, f"seg_{init}_resnet18_unet_frozen_n16_seed0", miou)
     text = make_tables(tmp_path)
     assert row_of(text, "Table 5", "full, training", "Depth")[3] == "70.0 [83.46]"
     assert row_of(text, "Table 5", "full, validation", "Depth")[3] == "60.0 [73.17]"
-    assert row_of(text, "Figure 4: frozen ResNet18", "best", "Depth")[3] == "25.0 [46.53]"
+    best = row_of(text, "Figure 4: frozen ResNet18", "best", "Depth")
+    assert best[3] == "25.0 [46.53]"
+    assert best[-1] == "+13.0"  # against None, calibrated, at its best
     assert row_of(text, "Figure 4: frozen ResNet18", "1e-5", "Depth")[3] == "10.0"
 
 

@@ -279,21 +279,21 @@ def test_exported_networks_say_the_same(runs, tmp_path, kind, form, options):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ("mono", "stereo", "depth"))
+@pytest.mark.parametrize("kind", ("mono", "stereo", "mono+stereo", "depth"))
 def test_monodepth2_folder_loads_back(runs, tmp_path, kind):
-    """The same depth, in metres where it was; Monodepth2's stereo unit is 5.4 m."""
-    unit = 5.4 if kind == "stereo" else 1.0
+    """The same depth and motion, in metres where they were; Monodepth2's stereo unit is 5.4 m."""
+    unit = 5.4 if "stereo" in kind else 1.0
     source = runs.pretrained(kind)
     folder = tmp_path / "folder"
     options = ("--format", "monodepth2", "--output", folder)
     call(export, "--weights", source, *options, expect=0)
-    pose = {"pose_encoder.pth", "pose.pth"} if kind == "mono" else set()
+    pose = {"pose_encoder.pth", "pose.pth"} if "mono" in kind else set()
     assert set(os.listdir(folder)) == {"encoder.pth", "depth.pth"} | pose
 
     model, options = weights.load_model(source)
     again, options_again = weights.load_model(str(folder))
     assert (options_again["height"], options_again["width"]) == (64, 96)
-    assert bool(options_again["use_stereo"]) == (kind == "stereo")
+    assert bool(options_again["use_stereo"]) == ("stereo" in kind)
     assert bool(options_again.get("metric")) == (kind == "depth")
     assert differing(model.state_dict(), again.state_dict()) == []
     images = smooth_images(1, 64, 96)
@@ -303,9 +303,12 @@ def test_monodepth2_folder_loads_back(runs, tmp_path, kind):
     torch.testing.assert_close(unit * depth_again, depth)
 
     if pose:
-        first = load_pose(source)
-        second = load_pose(str(folder))
-        assert differing(first.state_dict(), second.state_dict()) == []
+        pair = smooth_images(2, 64, 96).split(1)
+        with torch.inference_mode():
+            turned, moved = load_pose(source).eval()(*pair)
+            turned_again, moved_again = load_pose(str(folder)).eval()(*pair)
+        torch.testing.assert_close(turned_again, turned)
+        torch.testing.assert_close(unit * moved_again, moved)
 
 
 def load_pose(path: str) -> torch.nn.Module:

@@ -25,10 +25,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import datasets
 from images import image_names, image_size, natural_key, read_ids, read_image, size_text
 from tools.check_pictures import View, clip_sheet, difference, edge_agreement, label_sheet, same_pictures, thumbnails
-from utils import IGNORE, InputError, Parser, run_main
+from utils import IGNORE, InputError, Parser, run_main, within
 
 STATIC = 2.0  # of 255: a target that differs less from a neighbour is near-static
-FAR = 100.0  # metres, --max_depth's default: what lies beyond does not train
+NEAR, FAR = 1.0, 100.0  # metres, LiDAR's default range: what lies outside does not train
 SHOWN = 6  # samples on the contact sheet
 DROPPED = 0.1  # a warning above this share
 
@@ -39,7 +39,7 @@ def parse_options() -> argparse.Namespace:
     datasets.add_clip_options(parser)
     add = parser.add_argument_group("check").add_argument
     add("--labels", action="store_true", help="labelled images for train_seg.py instead of clips")
-    add("--frame_ids", nargs="+", default=["0", "-1", "1"], metavar="ID",
+    add("--frame_ids", nargs="+", type=frame_id, default=["0", "-1", "1"], metavar="ID",
         help="of clips: target 0, sources, s for the other camera (default: 0 -1 1)")
     add("--depth", action="store_true", help="check the measured depth of clips as well")
     add("--against", nargs="+", default=[], metavar="FOLDER",
@@ -50,7 +50,15 @@ def parse_options() -> argparse.Namespace:
         raise InputError(f"--output {args.output} does not end in .png or .jpg")
     if args.cache:
         raise InputError("--cache: the files themselves are checked")
+    if args.frame_ids[0] != "0" or len(set(args.frame_ids)) < len(args.frame_ids):
+        raise InputError("--frame_ids starts with the target, 0, and names every frame once")
+    args.frame_ids.sort(key=lambda offset: offset == "s")  # the other camera comes last
     return args
+
+
+def frame_id(text: str) -> str:
+    """An offset as train_depth.py takes it, or s."""
+    return text if text == "s" else str(within(int, -1000, 1000)(text))
 
 
 class Report:
@@ -267,6 +275,10 @@ def describe_depth(report: Report, rows: list[dict]) -> None:
           f"99.8 % from {low:.2f} m to {high:.2f} m")
     if far > 1:
         report.warn(f"{far:.1f} % of the measured depth is beyond {FAR:g} m, --max_depth's default, "
+                    "and does not train")
+    near = 100 * np.mean(values < NEAR)
+    if near > 1:
+        report.warn(f"{near:.1f} % of the measured depth is within {NEAR:g} m, --min_depth's default, "
                     "and does not train")
     if not 0.3 < middle < FAR:
         report.warn(f"a median depth of {middle:.3g} m is unlikely: see --depth_scale")

@@ -17,6 +17,7 @@ from tools.claim import Claim, estimate, score
 from tools.runs import (
     FinishedRun,
     Table,
+    deviation,
     label_of,
     network_of,
     pretraining_label,
@@ -135,7 +136,7 @@ def sizes_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
         for label, points in lines.items():
             counts = sorted(points)
             means = [np.mean(points[count]) for count in counts]
-            deviations = [np.std(points[count]) for count in counts]
+            deviations = [deviation(points[count]) for count in counts]
             axis.errorbar(counts, means, deviations, label=label, capsize=3)
         ticks = sorted(set().union(*lines.values()))
         axis.set(xlabel="training images", ylabel="mIoU %", xscale="log")

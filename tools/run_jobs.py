@@ -190,7 +190,7 @@ def main() -> int:
     parser = utils.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
+    parser.add_argument("--jobs", type=utils.within(int, 1), default=1, help="how many run at a time")
     args = parser.parse_args()
     jobs = [read_job(line) for line in sys.stdin if line.strip()]
     return Queue(jobs, args.jobs).run()

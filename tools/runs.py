@@ -145,8 +145,9 @@ def pretraining_label(init: str) -> str:
 
 
 def is_named(name: str) -> bool:
-    """Whether run_all.sh gives runs such names."""
-    return re.fullmatch(r"(\w+_)?seg_.+_(all|frozen)_n(\d+|all)(_.+)?_seed\d+", name) is not None
+    """Whether run_all.sh gives runs such names; those that train_seg.py chooses tell the split, too."""
+    named = re.fullmatch(r"(\w+_)?seg_.+_(all|frozen)_n(\d+|all)(_.+)?_seed\d+", name)
+    return named is not None and not re.search(r"_split\d+_seed\d+$", name)
 
 
 def tuning_of(run: FinishedRun) -> str:
@@ -187,8 +188,13 @@ def mean_deviation(cell: Cell, key: str) -> str:
     values = [run.result[key] for run in cell.values() if run.result.get(key) is not None]
     if not values:
         return "–"
-    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}"
+    spread = f" ± {deviation(values):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def deviation(values: list[float]) -> float:
+    """The sample's standard deviation, 0 of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------- tables

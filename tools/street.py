@@ -506,11 +506,11 @@ def write_entries(path: Path, entries: dict) -> None:
 
 @dataclass
 class Settings:
-    """What is rendered; the defaults are the data that the core experiments use."""
+    """What is rendered; the defaults are what training scripts and run_all.sh render."""
 
     drives: int = 8
     frames: int = 24  # of each drive
-    labelled: int = 200
+    labelled: int = 80
     height: int = 128
     width: int = 416
     seed: int = 0

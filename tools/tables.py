@@ -274,7 +274,7 @@ def paper_table(layout: Layout, runs: list[FinishedRun], gaps: bool) -> Table | 
     released = has_paper and on_kitti and any("release_miou" in run.result for run in members)
     rows = []
     for place, (column, pattern) in enumerate(layout.columns.items()):
-        frozen = "frozen" in pattern
+        frozen = is_frozen(layout, pattern)
         baseline = cells.get((column, "calibrated" if frozen else "none"), {})
         for init, label, papers in layout.rows:
             cell = cells[column, init]
@@ -299,6 +299,13 @@ def paper_table(layout: Layout, runs: list[FinishedRun], gaps: bool) -> Table | 
     if layout.key == "table1":
         table.below = claims(cells)
     return table
+
+
+def is_frozen(layout: Layout, pattern: str) -> bool:
+    """Whether a column is of frozen encoders; "best" is what the columns before it are."""
+    if pattern == "best":
+        pattern = next(iter(layout.columns.values()))
+    return "frozen" in pattern
 
 
 def scores_of(cell: Cell, paper: str, released: bool) -> list[str]:
