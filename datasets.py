@@ -3,7 +3,7 @@
     python tools/check_data.py --data kitti --frame_ids 0 -1 1 s --depth --output contact.png
     python tools/check_data.py --data frames --data_path my_video --fov 60
 
-One class a data set. Clips are here, labelled images in labels.py; images.py reads and transforms
+One class per data set. Clips are here, labelled images in labels.py; images.py reads and transforms
 images, batches.py makes batches of samples. To add a data set of clips: a subclass of Clips that
 lists its samples, and its name in CLIPS at the end.
 """
@@ -351,7 +351,7 @@ def number_files(folder: str) -> dict[int, str]:
 
 
 def parse_projections(values: dict, left: str, right: str, file: str) -> dict[str, np.ndarray]:
-    """P (3, 4) of both cameras by side; refuses what is no rectified stereo pair."""
+    """P (3, 4) of both cameras by side; refuses what is not a rectified stereo pair."""
     try:
         P = {"l": values[left].reshape(3, 4), "r": values[right].reshape(3, 4)}
     except (KeyError, ValueError) as error:
@@ -359,10 +359,10 @@ def parse_projections(values: dict, left: str, right: str, file: str) -> dict[st
                          f"({error})") from None
     both = np.stack([P["l"], P["r"]])
     if not np.isfinite(both).all() or both[:, 0, 0].min() <= 1:
-        raise InputError(f"{file}: {left} and {right} are no projections of two cameras")
+        raise InputError(f"{file}: {left} and {right} are not projections of two cameras")
     x = baselines(P)["l"]
     if not np.allclose(*both[:, :, :3], rtol=0.01) or x >= 0:
-        raise InputError(f"{file}: {left} and {right} are no rectified pair: K differs, or {right} "
+        raise InputError(f"{file}: {left} and {right} are not a rectified pair: K differs, or {right} "
                          f"is not to the right (x {x:.3g} m)")
     return P
 
@@ -947,7 +947,7 @@ class Frames(Clips):
             keys = [place_key("/".join(words[:count])) for count in (1, 2)]
             found = [key for key in keys if key in by_place]
             if not found:
-                raise InputError(f"{split}: {line.strip()!r} is no frame in {self.root}")
+                raise InputError(f"{split}: {line.strip()!r} is not a frame in {self.root}")
             chosen[found[0]] = by_place[found[0]]
         return list(chosen.values())
 
@@ -986,7 +986,7 @@ class NyuClips(Frames):
         if not os.path.isdir(labelled) or any(image_names(folder) for folder in scenes):
             return scenes
         if self.is_video:
-            raise InputError(f"{self.root}: no raw scenes there, and labelled images are no video")
+            raise InputError(f"{self.root}: no raw scenes there, and labelled images are not a video")
         self.name += " (no raw scenes there: its labelled training images)"
         return [labelled]
 
@@ -1190,7 +1190,7 @@ def parse_range(text: str) -> tuple[int | None, int | None]:
     """From "A:B" (A, B); either may be missing."""
     match = re.fullmatch(r"(\d{0,9}):(\d{0,9})", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no range like 0:100")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range like 0:100")
     start, stop = (int(part) if part else None for part in match.groups())
     if stop is not None and (start or 0) >= stop:
         raise argparse.ArgumentTypeError(f"{text!r} is an empty range")

@@ -204,11 +204,11 @@ def predict(model: torch.nn.Module, options: dict, images: list[torch.Tensor]) -
     out = at_size(model(*inputs)[0], size)[0].cpu()
     if task == "segmentation":
         return out.max(0, keepdim=True).indices
-    if task == "reconstruction":
-        return out.sigmoid()
-    x = out[0] * (size[1] / options["width"])
-    y = out[1] * (size[0] / options["height"])
-    return torch.stack([x, y])
+    if task == "flow":
+        x = out[0] * (size[1] / options["width"])
+        y = out[1] * (size[0] / options["height"])
+        return torch.stack([x, y])
+    return out.sigmoid()  # colours
 
 
 def draw(prediction: torch.Tensor, options: dict, image: torch.Tensor,
@@ -381,8 +381,8 @@ def seg_command(args: argparse.Namespace) -> int:
     model, options = load(args.weights, device, "segmentation")
     data = args.data or options["data"]
     if args.split == "train" and (data != options["data"] or "train_size" not in options):
-        raise InputError(f"{args.weights}: --split train needs the run's args.json, which says "
-                         "what images it was trained on")
+        raise InputError(f"{args.weights}: --split train: the file does not say what images of "
+                         f"{data} it was trained on")
     chosen = {"data": data, "data_path": args.data_path, "crop": None, "cache": None}
     chosen = argparse.Namespace(**{**options, **chosen})
     if data != options["data"]:

@@ -1,10 +1,11 @@
-"""Other people's checkpoints: one plain function a format, which gives the weights under our names.
+"""Other people's checkpoints: one plain function per format, which gives the weights under our names.
 
     name, parts, options = recognise("dino_vits16.pth", read_file("dino_vits16.pth"))
 
 FORMATS says which keys tell a format, parts are state dicts of "encoder" and "decoder", and options tell how
 a ViT resizes its positions. Starting points of Tables 1, 3, 4 and 6. No two sources agree on names, on the
-normalisation of images (ours is ImageNet's, any other goes into the first convolution) or on positions.
+normalisation of images (our ViTs have ImageNet's, any other goes into the first convolution) or on positions.
+timm's copies of DeiT, DINO and MAE have the keys of its other ViTs: load the files of their authors instead.
 """
 
 import math
@@ -378,7 +379,7 @@ def recognise(path: str, content: dict) -> tuple[str, dict, dict]:
     found = find_format(tensors, wrapper)
     if found is None:
         keys = ", ".join(list(tensors)[:4]) or "no tensors"
-        raise InputError(f"{path} is no format known here; it holds {keys}")
+        raise InputError(f"{path} has an unknown format; it holds {keys}")
     name, function, tensors = found
     try:
         parts, options = function(tensors)

@@ -387,19 +387,19 @@ def read_points(path: str) -> np.ndarray:
     """A velodyne file: (N, 4) float32."""
     content = read_bytes(path)
     if len(content) % 16:
-        raise InputError(f"{path}: {len(content)} bytes are no list of x, y, z, reflectance in "
+        raise InputError(f"{path}: {len(content)} bytes are not a list of x, y, z, reflectance in "
                          "float32")
     return np.frombuffer(content, np.float32).reshape(-1, 4)
 
 
 def rigid(rotation: np.ndarray, translation: np.ndarray, file: str) -> np.ndarray:
-    """The pose (4, 4) of a calibration file; refuses what is no rotation."""
+    """The pose (4, 4) of a calibration file; refuses what is not a rotation."""
     pose = np.eye(4)
     pose[:3, :3] = rotation
     pose[:3, 3] = translation
     determinant = np.linalg.det(pose[:3, :3])
     if not np.isfinite(pose).all() or abs(determinant - 1) > 0.01:
-        raise InputError(f"{file}: R is no rotation, or T is not finite")
+        raise InputError(f"{file}: R is not a rotation, or T is not finite")
     return pose
 
 

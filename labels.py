@@ -1,4 +1,4 @@
-"""Labelled images for segmentation (Section 3.2): one class a data set, listed in LABELLED.
+"""Labelled images for segmentation (Section 3.2): one class per data set, listed in LABELLED.
 
 Every data set maps its raw ids to train ids by a table and refuses ids outside it; labels are only
 ever resized to the id under a pixel's centre. To add one: a subclass of Labelled with its classes,

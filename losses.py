@@ -175,7 +175,7 @@ def ssim_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def photometric_error(prediction: Tensor, target: Tensor, ssim: bool = True) -> Tensor:
-    """0.85 SSIM + 0.15 L1, averaged over channels, (B, 1, H, W); or L1 alone."""
+    """0.85 (1 - SSIM) / 2 + 0.15 L1, averaged over channels, (B, 1, H, W); or L1 alone."""
     l1 = channel_mean((prediction - target).abs())
     if not ssim:
         return l1
@@ -184,7 +184,7 @@ def photometric_error(prediction: Tensor, target: Tensor, ssim: bool = True) -> 
 
 
 def smoothness(values: Tensor, image: Tensor) -> Tensor:
-    """Edge-aware smoothness: mean gradient of `values` (B, C, H, W), damped at the image's edges."""
+    """Mean absolute gradient of `values` (B, C, H, W), less where the image itself changes."""
     edges_x = channel_mean(image.diff(dim=3).abs())
     edges_y = channel_mean(image.diff(dim=2).abs())
     along_x = values.diff(dim=3).abs() * torch.exp(-edges_x)

@@ -318,7 +318,7 @@ class Intrinsics(nn.Module):
     """Learned intrinsics of each camera, for video without calibration (Section 5).
 
     given, start: (cameras, 3, 3), what the data set says and where to start, for whole images of `size`
-    (height, width). Focal lengths stay within a factor of 3 of the start and their ratio within 10 %,
+    (height, width). Focal lengths stay within a factor of about 3 of the start, their ratio within 10 %,
     the principal point within a quarter of the image. Only a turning camera shows its focal length.
     """
 

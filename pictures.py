@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-REMOVED_COLOUR = 0.45  # of removed pixels: 0 once the encoder has normalised
+REMOVED_COLOUR = 0.45  # of removed pixels: the mean that a ResNet subtracts
 
 DEPTH_COLOURS = torch.tensor([
     (13, 8, 35),  # far

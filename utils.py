@@ -69,7 +69,7 @@ def within(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    parse.__name__ = kind.__name__  # argparse names it where the text is not a number
     return parse
 
 
@@ -140,7 +140,7 @@ def join_processes(args: argparse.Namespace) -> None:
     if world == 1:
         return
     if args.batch_size % world:
-        raise InputError(f"--batch_size {args.batch_size} is no multiple of the {world} processes")
+        raise InputError(f"--batch_size {args.batch_size} is not a multiple of the {world} processes")
     if args.arch == "deeplabv3" and args.batch_size < 2 * world:
         raise InputError(f"--batch_size {args.batch_size} gives each of {world} processes one image, "
                          "and DeepLabV3's batch norm takes two")
@@ -148,7 +148,7 @@ def join_processes(args: argparse.Namespace) -> None:
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} processes on this machine, "
-                             f"{torch.cuda.device_count()} GPUs: start one process a GPU")
+                             f"{torch.cuda.device_count()} GPUs: start one process per GPU")
         args.device = f"cuda:{local}"
     elif args.device != "cpu":
         raise InputError(f"--device {args.device}: torchrun gives each process a GPU; use cuda")

@@ -60,7 +60,7 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
             source, parts, options = recognise(path, content)
     for name, part in parts.items():
         if not isinstance(part, dict) or not all(is_plain(*item) for item in part.items()):
-            raise InputError(f"{path}: its {name} is no dict of tensors")
+            raise InputError(f"{path}: its {name} is not a dict of tensors")
     return source, parts, options
 
 
@@ -100,11 +100,11 @@ def read_monodepth2(folder: str) -> tuple[str, dict, dict]:
 
 def check_types(path: str, options: dict) -> None:
     if not isinstance(options, dict):
-        raise InputError(f"{path}: its options are no dict")
+        raise InputError(f"{path}: its options are not a dict")
     for kind, keys in OPTION_TYPES.items():
         for key in keys:
             if key in options and not isinstance(options[key], kind):
-                raise InputError(f"{path}: its option {key} is no {kind.__name__}")
+                raise InputError(f"{path}: its option {key} is not of type {kind.__name__}")
 
 
 def name_pretraining(init: str) -> str:
@@ -252,8 +252,9 @@ def load_model(path: str, device="cpu", task: str | None = None) -> tuple[Networ
     if not weights:
         raise InputError(f"{path} ({source}) holds no whole decoder '{arch}': its encoder is for --init")
     channels = len(decoder[weights[0]])
-    if channels != len(options.get("classes", range(channels))):
-        raise InputError(f"{path}: its decoder has not its classes")
+    classes = len(options.get("classes", range(channels)))
+    if channels != classes:
+        raise InputError(f"{path}: its decoder has {channels} outputs, for {classes} classes")
     settings = {key: options[key] for key in SETTINGS if key in options}
     settings["readout"] = any(key.startswith("readout.") for key in decoder)
     scales = tuple(range(len(weights)))

@@ -266,9 +266,9 @@ UNSUPPORTED = [  # content, and what is said of it
     ({"cls_token": TOKEN, "head.weight": THREE}, "not whole"),
     (LAST, "take model.pt"),
     ({"options": {"task": 3}, "encoder": {}}, "task"),
-    ({"options": [], "encoder": {}}, "no dict"),
-    ({"options": {}, "encoder": {"weight": 3}}, "no dict of tensors"),
-    ({"options": {}, "encoder": {3: THREE}}, "no dict of tensors"),
+    ({"options": [], "encoder": {}}, "not a dict"),
+    ({"options": {}, "encoder": {"weight": 3}}, "not a dict of tensors"),
+    ({"options": {}, "encoder": {3: THREE}}, "not a dict of tensors"),
 ]
 
 

@@ -670,7 +670,7 @@ CALIBRATION = f"{DAY}/calib_cam_to_cam.txt"
         "nan",
         "inf",
         "no velodyne calibration",
-        "no rotation",
+        "not a rotation",
         "no velodyne",
         "cut points",
         "cut image",

@@ -289,6 +289,41 @@ def test_learned_intrinsics_continue(tmp_path, monkeypatch):
     assert "intrinsics.focal" in read_weights(tmp_path / "through")
 
 
+def test_dropout_continues(tmp_path, monkeypatch):
+    """What a network draws itself follows from seed and step, too."""
+    write_frames(tmp_path / "video", 4, "png")
+    task = ("--task", "reconstruction", "--arch", "deeplabv3", "--batch_size", 2, "--steps", 3)
+    options = frames_run(tmp_path, *task)
+    call(train_depth, *options, "--name", "through", expect=0)
+    stop_after(1, monkeypatch)
+    call(train_depth, *options, "--name", "stopped", expect=utils.STOPPED)
+    monkeypatch.undo()
+    torch.rand(5)  # the global generator stands somewhere else
+    call(train_depth, *options, "--name", "stopped", expect=0)
+    assert_same_runs(tmp_path / "runs" / "stopped", tmp_path / "runs" / "through")
+
+
+def test_moments_continue_in_the_memory_format_of_a_gpu(monkeypatch, unfinished):
+    """Fused Adam takes moments and parameters in one format alone, and a GPU has channels_last."""
+    options, _ = unfinished
+    prepare = utils.prepare
+    step = torch.optim.Adam.step
+    formats = []
+
+    def as_on_a_gpu(module, *more):
+        return prepare(module.to(memory_format=torch.channels_last), *more)
+
+    def look_and_step(optimizer, *more):
+        for parameter, moments in optimizer.state.items():
+            formats.append(moments["exp_avg"].stride() == parameter.stride())
+        return step(optimizer, *more)
+
+    monkeypatch.setattr(utils, "prepare", as_on_a_gpu)
+    monkeypatch.setattr(torch.optim.Adam, "step", look_and_step)
+    call(train_depth, *options, expect=0)
+    assert len(formats) > 50 and all(formats)
+
+
 def stop_after(step: int, monkeypatch) -> None:
     """Let a run in this process believe that a signal came at the end of a step: it stops after the next."""
     log = utils.Run.log
@@ -599,7 +634,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     content["encoder"]["encoder.layer2.0.conv1.weight"] *= 1e38
     torch.save(content, tmp_path / "huge.pt")
     result = call(train_depth, *frames_run(tmp_path, "--init", tmp_path / "huge.pt"), expect=1)
-    assert re.search(r"stopped: .* at step 1 \(samples \[\d\]\)", result.err)
+    assert re.search(r"stopped: .* by step 1 \(its samples: \[\d\]\)", result.err)
     assert "Traceback" not in result.err
     assert not list(tmp_path.glob("runs/run/*.pt"))
 

@@ -5,10 +5,10 @@
     python tools/bench.py loader --data kitti --data_path data/kitti --cache cache
     python tools/bench.py all
 
-step      ms a step of train_depth.py, and its split
+step      ms per step of train_depth.py, and its split
 seg       the same of train_seg.py, and ms to evaluate an image
 compare   loss and gradients, compiled against eager, both in float32
-loader    samples a second with and without the cache
+loader    samples per second with and without the cache
 real      a short training from the cache, stopped and continued
 schedule  how long the paper's schedules take, from about a minute of steps
 all       what a new GPU has to show, in four minutes
@@ -232,7 +232,7 @@ def run_split_steps(training: DepthTraining, count: int) -> dict[str, float]:
 
 
 def measure(training: DepthTraining, options: Namespace) -> dict:
-    """ms a step, its split unless --total, peak memory, and the seconds that compiling took."""
+    """ms per step, its split unless --total, peak memory, and the seconds that compiling took."""
     from torch._dynamo import OptimizedModule  # slow to import
 
     device = training.device

@@ -341,7 +341,7 @@ def row_records(claim: Claim, network: str, labels: str, tuned: str) -> list[dic
 
 
 def write_csv(path: str, records: list[dict]) -> None:
-    """A line a row of the full tables; an estimate becomes NAME, NAME_low and NAME_high."""
+    """A line per row of the full tables; an estimate becomes NAME, NAME_low and NAME_high."""
     text = io.StringIO(newline="")
     writer = None
     for record in records:

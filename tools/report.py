@@ -1,6 +1,6 @@
 """Figures of finished runs and one page with tables, figures and pictures. For tools/tables.py.
 
-python tools/tables.py --log_dir runs/synthetic --figures     # curves.png, sizes.png, claim.png
+python tools/tables.py --log_dir runs/synthetic --figures     # curves.png, sizes.png, claim_*.png
 python tools/tables.py --log_dir runs/synthetic --page        # index.html
 """
 

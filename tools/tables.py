@@ -3,8 +3,8 @@
     python tools/tables.py --log_dir runs/kitti --figures --page
     python tools/tables.py --log_dir runs/real --figures          # the claim: intervals, contrasts, Holm
 
-Prints the tables that have at least one run; writes tables.md, tables.csv (a line a run) and, for the claim,
-claim.csv (a line a row) into --log_dir.
+Prints the tables that have at least one run; writes tables.md, tables.csv (a line per run) and, for the claim,
+claim.csv (a line per row) into --log_dir.
 """
 
 import argparse
