@@ -381,8 +381,8 @@ def seg_command(args: argparse.Namespace) -> int:
     model, options = load(args.weights, device, "segmentation")
     data = args.data or options["data"]
     if args.split == "train" and (data != options["data"] or "train_size" not in options):
-        raise InputError(f"{args.weights}: --split train: the file does not say what images of "
-                         f"{data} it was trained on")
+        raise InputError(f"{args.weights}: --split train needs the run's args.json, which says "
+                         "what images it was trained on")
     chosen = {"data": data, "data_path": args.data_path, "crop": None, "cache": None}
     chosen = argparse.Namespace(**{**options, **chosen})
     if data != options["data"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils import IGNORE
 
-SSIM_WEIGHT = 0.85  # photometric error = 0.85 SSIM + 0.15 L1
+SSIM_WEIGHT = 0.85  # of (1 - SSIM) / 2 in the photometric error; the rest is L1
 C1 = 0.01**2  # SSIM's constants, for images in [0, 1]
 C2 = 0.03**2
 BORDER = 1 + 1e-5  # rounding must not decide whether the first row, which stereo never moves, is seen
