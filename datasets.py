@@ -23,17 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batches import (
-    Cache,
-    Row,
-    Samples,
-    check_fit,
-    color_jitter,
-    draw_jitter,
-    draw_patches,
-    gather,
-    train_batches,
-)
+from batches import Cache, Row, Samples, check_fit, gather
 from images import (
     DEPTH_MODES,
     IMAGE_EXTENSIONS,
@@ -47,7 +37,6 @@ from images import (
     image_names,
     image_size,
     list_folder,
-    natural_key,
     nearest,
     pixel_kind,
     place_key,
@@ -68,24 +57,9 @@ from images import (
     usual_step,
     velodyne_depth,
 )
-from labels import (
-    CITYSCAPES_CLASSES,
-    CITYSCAPES_COLOURS,
-    CITYSCAPES_IDS,
-    LABELLED,
-    SPLITS,
-    Labelled,
-    palette,
-    read_names,
-)
-from utils import IGNORE, InputError, within
+from labels import LABELLED, SPLITS, Labelled, read_names
+from utils import InputError, within
 
-# What other scripts take from here beside what this file defines.
-__all__ = [
-    "CITYSCAPES_CLASSES", "CITYSCAPES_COLOURS", "CITYSCAPES_IDS", "IGNORE", "LABELLED", "Labelled",
-    "color_jitter", "draw_jitter", "draw_patches", "image_names", "natural_key", "palette",
-    "read_ids", "read_image", "train_batches",
-]
 OTHER_EXTENSIONS = (".webp", ".heic", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".exr")
 Camera = tuple[np.ndarray, Size | None, str]  # K, the size of images it is for, where it is from
 
@@ -654,12 +628,12 @@ STEREO_WORDS = (("left", "right"), ("cam0", "cam1"), ("image_02", "image_03"))
 JITTER = 0.4  # of the usual step, by which a frame may be early or late
 
 
-def folders_below(root: str, levels: int = 4) -> list[str]:
-    """The root and folders below it where images may be, each once, whatever the links."""
+def folders_below(root: str) -> list[str]:
+    """The root and all folders below it where images may be, each once, whatever the links."""
     found = []
     known = set()
     level = [root]
-    for _ in range(levels + 1):
+    while level:
         following = []
         for folder in level:
             real = os.path.realpath(folder)

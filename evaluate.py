@@ -27,21 +27,22 @@ import datasets
 import pictures
 import utils
 from encoders import VITS
-from images import DEPTH_MODES, image_names, natural_key, read_ids, read_image, resize
+from images import (
+    DEPTH_MODES,
+    image_names,
+    natural_key,
+    read_ids,
+    read_image,
+    resize,
+    split_sequences,
+)
 from losses import disparity_to_depth
-from metrics import (  # noqa: F401  (some are here for callers of evaluate)
+from metrics import (
     DEPTH_METRICS,
     at_size,
-    confusion_matrix,
     constant_depth,
-    depth_errors,
     evaluate_depth_image,
     evaluate_segmentation,
-    garg_crop,
-    nyu_crop,
-    release_score,
-    segmentation_scores,
-    slide,
     summarise_depth,
 )
 from utils import InputError, within
@@ -425,7 +426,7 @@ def list_inputs(paths: list[str], offset: int | None = None) -> list[list[str]]:
         names = sorted(image_names(folder), key=natural_key)
         if not names:
             raise InputError(f"{folder}: no images there")
-        for members in datasets.split_sequences(names).values():
+        for members in split_sequences(names).values():
             sequences.append([os.path.join(folder, name) for _, name in members])
     if offset is None:
         return [[path] for sequence in sequences for path in sequence]

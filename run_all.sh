@@ -21,7 +21,7 @@
 #   KITTI (or KITTI_RAW and KITTI_LABELS), CITYSCAPES, NYU (labelled), NYU_RAW (scenes), VOC, ADE20K, CAMVID: roots
 #   STREET, where the street is rendered   SUFFIX=jpg|png of KITTI's frames
 #   WEIGHTS=weights, downloaded checkpoints   CACHE, a folder for decoded frames
-#   of real: SIZE="96 320" CAMVID_SIZE="192 256" BATCH=4, pre-training STEPS=2000 at RATE=5e-4, fine-tuning
+#   of real: SIZE="64 192" CAMVID_SIZE="96 128" BATCH=4, pre-training STEPS=1000 at RATE=1e-3, fine-tuning
 #   TUNING_STEPS=300 at TUNING_RATE=1e-3
 # shellcheck disable=SC2034,SC2046,SC2086  # settings are words; functions read those of their caller
 # shellcheck disable=SC2329  # called by name
@@ -198,8 +198,8 @@ real() {  # the claim: video of one KITTI drive, few labels of KITTI and CamVid,
   local RUNS=$REAL CACHE=$REAL/cache PUBLISHED="" seeds=$SEEDS SEEDS seed_of_video=yes main=stereo
   local video=(--data kitti --data_path "$KITTI_RAW" --drives 2011_09_26_drive_0013_sync)
   local size depth flow reconstruction batch=${BATCH:-4} tuning
-  size=$(size_options ${SIZE:-96 320})
-  depth="--steps ${STEPS:-2000} --batch_size $batch --learning_rate ${RATE:-5e-4} --num_workers 0"
+  size=$(size_options ${SIZE:-64 192})
+  depth="--steps ${STEPS:-1000} --batch_size $batch --learning_rate ${RATE:-1e-3} --num_workers 0"
   flow=$depth reconstruction=$depth
   tuning="--steps ${TUNING_STEPS:-300} --learning_rate ${TUNING_RATE:-1e-3} --num_workers 0"
   tuning+=" --eval_every ${TUNING_STEPS:-300}"
@@ -209,22 +209,24 @@ real() {  # the claim: video of one KITTI drive, few labels of KITTI and CamVid,
     on_real_labels "imagenet depth-encoder" efficientnet_lite0 frozen
   done
   for SEEDS in $seeds; do
-    on_real_labels "calibrated shuffled-encoder lidar-encoder flow-encoder depthrand-encoder" resnet18 frozen
-  done
-  for SEEDS in $seeds; do
     depth_quality "shuffled lidar depthrand depth" efficientnet_lite0
     on_real_labels "none reconstruction-encoder release-encoder" efficientnet_lite0 frozen
-    on_real_labels "shuffled lidar depthrand depth reconstruction release" efficientnet_lite0 frozen
     on_real_labels "none imagenet shuffled-encoder lidar-encoder flow-encoder" efficientnet_lite0 all
     on_real_labels "depthrand-encoder depth-encoder reconstruction-encoder release-encoder" efficientnet_lite0 all
+  done
+  for SEEDS in $seeds; do
+    on_real_labels "calibrated shuffled-encoder lidar-encoder flow-encoder depthrand-encoder" resnet18 frozen
+    depth_quality "shuffled lidar depthrand" resnet18
+  done
+  for SEEDS in $seeds; do  # whole networks
+    on_real_labels "shuffled lidar depthrand depth reconstruction release" efficientnet_lite0 frozen
     on_real_labels "shuffled lidar depthrand depth reconstruction release" efficientnet_lite0 all
   done
   for SEEDS in $seeds; do
-    depth_quality "shuffled lidar depthrand" resnet18
     on_real_labels "none reconstruction-encoder release-encoder" resnet18 frozen
-    on_real_labels "shuffled lidar depthrand reconstruction release" resnet18 frozen
     on_real_labels "none shuffled-encoder lidar-encoder flow-encoder" resnet18 all
     on_real_labels "depthrand-encoder reconstruction-encoder release-encoder" resnet18 all
+    on_real_labels "shuffled lidar depthrand reconstruction release" resnet18 frozen
     on_real_labels "shuffled lidar depthrand reconstruction release" resnet18 all
   done
 }
@@ -337,7 +339,7 @@ each() {
 on_real_labels() {
   local of=kitti_ tuning_size=$size labels=(--data kitti --data_path "$KITTI_LABELS")
   each "$1" "$2" unet "$3" 16 "" --leave_out 000018 000019 000020 000021
-  of=camvid_ tuning_size=$(size_options ${CAMVID_SIZE:-192 256}) labels=(--data camvid --data_path "$CAMVID")
+  of=camvid_ tuning_size=$(size_options ${CAMVID_SIZE:-96 128}) labels=(--data camvid --data_path "$CAMVID")
   each "$1" "$2" unet "$3" 16
   each "$1" "$2" unet "$3" 64
 }

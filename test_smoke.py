@@ -39,6 +39,7 @@ import networks
 import train_depth
 import train_seg
 import utils
+from metrics import DEPTH_METRICS
 
 # ------------------------------------------------------------ pre-training
 
@@ -180,7 +181,7 @@ def test_evaluate_depth(runs, tmp_path, kind):
     scores = read_json(tmp_path, "depth.json")
     assert scores["images"] == 8
     assert scores["scale"] == ("median" if kind == "mono" else 1)
-    for metric in evaluate.DEPTH_METRICS:
+    for metric in DEPTH_METRICS:
         assert f"{scores[metric]:.4f}" in result.out
 
 

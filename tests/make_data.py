@@ -11,6 +11,7 @@ from PIL import Image
 
 import datasets
 import utils
+from labels import palette
 
 DRIVE = "2011_09_26/2011_09_26_drive_9001_sync"
 UPRIGHT_TAG = 0x112  # the EXIF tag that says how a picture is turned
@@ -243,7 +244,7 @@ def write_camvid(folder, train: int = 4, val: int = 3, ids=(0, 3, 8, 11)) -> str
 def write_voc(folder, listed: dict[str, list[str]]) -> str:
     """Pascal VOC 2012; `listed` has the names of each list in ImageSets/Segmentation."""
     root = os.path.join(folder, "VOCdevkit", "VOC2012")
-    colours = [value for colour in datasets.palette(range(256)) for value in colour]
+    colours = [value for colour in palette(range(256)) for value in colour]
     label = np.zeros((40, 64), np.uint8)
     label[10:20] = 15
     label[20:22] = 255

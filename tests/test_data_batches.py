@@ -25,6 +25,8 @@ from make_data import (
 
 import datasets
 import losses
+from batches import color_jitter, draw_jitter, draw_patches, train_batches
+from images import read_image, resize_depth
 
 # ------------------------------------------------------------------------------------ the joint transform
 
@@ -37,7 +39,7 @@ def test_resized_depth_keeps_measured_values(size):
     depth = np.where(measured, generator.uniform(1, 80, (94, 310)), 0).astype(
         np.float32
     )
-    resized = datasets.resize_depth(depth, *size)
+    resized = resize_depth(depth, *size)
     assert resized.shape == size
     assert set(np.unique(resized)) <= set(np.unique(depth))
     rows, columns = np.nonzero(depth)
@@ -216,7 +218,7 @@ def collect(
 ) -> list[dict]:
     """All batches of a training from a step on."""
     dataset = datasets.find_clips(args, frame_ids.split(), with_depth)
-    return list(datasets.train_batches(dataset, args, start, CPU))
+    return list(train_batches(dataset, args, start, CPU))
 
 
 def assert_same_batches(first: list[dict], second: list[dict]) -> None:
@@ -302,7 +304,7 @@ def test_processes_share_a_batch(video, monkeypatch):
     """Each of two processes has every other row of what one process has, frames and jitter alike."""
     args = options("frames", video, steps=3, batch_size=4)
     whole = collect(args)
-    jitter = datasets.draw_jitter(4, 0, 7)
+    jitter = draw_jitter(4, 0, 7)
     for number in range(2):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -313,7 +315,7 @@ def test_processes_share_a_batch(video, monkeypatch):
             assert_same_batches(
                 [{key: batch[key][number::2] for key in batch}], [share]
             )
-        assert torch.equal(datasets.draw_jitter(2, 0, 7), jitter[number::2])
+        assert torch.equal(draw_jitter(2, 0, 7), jitter[number::2])
 
 
 def test_samples_are_those_of_the_first_edition(video):
@@ -346,7 +348,7 @@ def test_jitter_is_one_draw_a_sample():
     """Frames of a sample that are alike stay alike; about half of the samples change, each in its own way."""
     image = 0.2 + 0.6 * smooth_images(1, 16, 16)
     frames = image[:, None].expand(40, 3, 3, 16, 16).clone()
-    jittered = datasets.color_jitter(frames, datasets.draw_jitter(40, 0, 0))
+    jittered = color_jitter(frames, draw_jitter(40, 0, 0))
     for other in (1, 2):
         torch.testing.assert_close(jittered[:, other], jittered[:, 0])
     changed = (jittered != frames).flatten(1).any(1)
@@ -355,9 +357,9 @@ def test_jitter_is_one_draw_a_sample():
     assert len(looks) == changed.sum()
     assert jittered.min() >= 0
     assert jittered.max() <= 1
-    again = datasets.color_jitter(frames, datasets.draw_jitter(40, 0, 0))
+    again = color_jitter(frames, draw_jitter(40, 0, 0))
     assert torch.equal(again, jittered)
-    other = datasets.color_jitter(frames, datasets.draw_jitter(40, 0, 1))
+    other = color_jitter(frames, draw_jitter(40, 0, 1))
     assert not torch.equal(other, jittered)
     assert torch.equal(frames, image[:, None].expand(40, 3, 3, 16, 16))
 
@@ -367,8 +369,8 @@ def test_jitter_equals_torchvision():
     from torchvision.transforms import functional
 
     image = smooth_images(1, 16, 16)
-    draws = datasets.draw_jitter(1, 5, 0)
-    ours = datasets.color_jitter(image, draws, probability=1.0)
+    draws = draw_jitter(1, 5, 0)
+    ours = color_jitter(image, draws, probability=1.0)
     brightness, contrast, saturation = (
         1 + 0.2 * (2 * draws[0, 1:4] - 1)
     ).tolist()
@@ -383,7 +385,7 @@ def test_jitter_equals_torchvision():
 def test_jitter_draws_are_those_of_the_first_edition():
     generator = torch.Generator().manual_seed(3 * 1_000_003 + 17)
     expected = torch.rand(6, 5, generator=generator)
-    assert torch.equal(datasets.draw_jitter(6, 3, 17), expected)
+    assert torch.equal(draw_jitter(6, 3, 17), expected)
 
 
 @pytest.mark.parametrize(
@@ -392,15 +394,15 @@ def test_jitter_draws_are_those_of_the_first_edition():
 def test_removed_pixels(kind, low, high):
     """A mask a sample, a function of seed and step, of the promised size."""
     shape = (8, 3, 96, 160)
-    mask = datasets.draw_patches(shape, 0, 5, kind)
+    mask = draw_patches(shape, 0, 5, kind)
     assert mask.shape == (8, 1, 96, 160)
     assert mask.dtype == torch.bool
     shares = mask.float().mean((1, 2, 3))
     assert (shares > low).all()
     assert (shares < high).all()
     assert len({float(share) for share in shares}) > 2
-    assert torch.equal(mask, datasets.draw_patches(shape, 0, 5, kind))
-    assert not torch.equal(mask, datasets.draw_patches(shape, 0, 6, kind))
+    assert torch.equal(mask, draw_patches(shape, 0, 5, kind))
+    assert not torch.equal(mask, draw_patches(shape, 0, 6, kind))
 
 
 # ------------------------------------------------------------------------------------ the cache
@@ -503,7 +505,7 @@ def test_labelled_images_from_the_cache(tmp_path):
 
 def stop_after(monkeypatch, count: int) -> None:
     """Decoding fails like Ctrl-C from a certain image on."""
-    read = datasets.read_image
+    read = read_image
     calls = []
 
     def interrupted(path: str) -> torch.Tensor:

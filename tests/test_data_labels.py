@@ -17,9 +17,9 @@ from conftest import call, truncate
 from make_data import assert_refused, labelled, options
 from PIL import Image
 
-import datasets
+from batches import train_batches
 from tools import check_data
-from utils import InputError
+from utils import IGNORE, InputError
 
 # ------------------------------------------------------------------------------------ ids
 
@@ -56,7 +56,7 @@ def test_every_cityscapes_id(tmp_path):
     columns = data.native(0)[1][0].tolist()
     assert list(data.classes) == list(RAW_IDS)
     for raw in range(34):
-        name = data.classes[columns[raw]] if columns[raw] != datasets.IGNORE else None
+        name = data.classes[columns[raw]] if columns[raw] != IGNORE else None
         assert name == {number: name for name, number in RAW_IDS.items()}.get(raw)
     assert len(data.colours) == len(data.classes) == 19
 
@@ -68,7 +68,7 @@ def test_labels_keep_their_ids_when_resized(tmp_path, size):
     data = labelled("kitti", root, "val", height=size[0], width=size[1])
     image, label = data.load(0)
     native = data.native(0)[1]
-    assert set(label.unique().tolist()) <= {0, 13, datasets.IGNORE} == set(native.unique().tolist())
+    assert set(label.unique().tolist()) <= {0, 13, IGNORE} == set(native.unique().tolist())
     rows = ((torch.arange(size[0]) + 0.5) * 75 / size[0]).long()
     columns = ((torch.arange(size[1]) + 0.5) * 124 / size[1]).long()
     different = label.long() != native[rows][:, columns].long()
@@ -90,7 +90,7 @@ def test_labelled_batches(tmp_path):
     data = labelled("kitti", root, "train", train=True, **extra)
     args = options("kitti", root, **extra)
     mirrored = 0
-    for batch in datasets.train_batches(data, args, 0, torch.device("cpu")):
+    for batch in train_batches(data, args, 0, torch.device("cpu")):
         assert batch["image"].shape == (3, 3, 64, 64)
         assert batch["label"].shape == (3, 64, 64)
         assert batch["label"].dtype == torch.int64
@@ -153,7 +153,7 @@ def test_camvid_labels(tmp_path):
     train = labelled("camvid", root, "train", train=True)
     val = labelled("camvid", root, "val")
     assert (len(train), len(val)) == (4, 3)
-    assert set(val.native(0)[1].unique().tolist()) == {0, 3, 8, datasets.IGNORE}
+    assert set(val.native(0)[1].unique().tolist()) == {0, 3, 8, IGNORE}
     assert [train.classes[i] for i in (0, 3, 8)] == ["sky", "road", "car"]
 
 
@@ -181,7 +181,7 @@ def test_voc_lists_and_palette(tmp_path):
 def test_ade20k_classes(tmp_path):
     data = labelled("ade20k", make_data.write_ade20k(tmp_path), "val")
     first = data.native(0)[1].flatten()[:152].tolist()
-    assert first == [datasets.IGNORE, *range(150), 149]
+    assert first == [IGNORE, *range(150), 149]
     assert len(data.classes) == len(set(data.classes)) == len(set(data.colours)) == 150
     assert [data.classes[i] for i in (0, 12, 20, 149)] == ["wall", "person", "car", "flag"]
 
@@ -196,7 +196,7 @@ def test_nyu_classes(tmp_path, name, count):
     assert len(train.classes) == len(train.colours) == count
     raw = np.array(Image.open(val.pairs[0][1]))
     label = val.native(0)[1].numpy()
-    assert (label[raw == 0] == datasets.IGNORE).all()
+    assert (label[raw == 0] == IGNORE).all()
     of_40 = labelled("nyu", root, "val").classes
     pairs = {
         "wall": "wall",
@@ -295,7 +295,7 @@ def test_missing_labels_and_images(tmp_path):
 def test_everything_is_read_before_a_run(tmp_path):
     root = make_data.write_semantics(tmp_path, count=6)
     data = labelled("kitti", root, "train", train=True)
-    assert set(data.read_all()) == {0, 13, datasets.IGNORE}
+    assert set(data.read_all()) == {0, 13, IGNORE}
     truncate(data.pairs[-1][0], 0.5)
     assert_refused(
         Path(data.pairs[-1][0]).name, labelled("kitti", root, "train", train=True).read_all

@@ -27,6 +27,7 @@ import evaluate
 import metrics
 import networks
 import pictures
+from labels import CITYSCAPES_CLASSES, CITYSCAPES_COLOURS, CITYSCAPES_IDS
 from utils import InputError
 
 # ---------------------------------------------------------------- Grad-CAM
@@ -119,8 +120,8 @@ def options(task: str, **more) -> dict:
     }
     if task == "segmentation":
         settings["data"] = "kitti"
-        settings["classes"] = list(datasets.CITYSCAPES_CLASSES)
-        settings["colours"] = [list(colour) for colour in datasets.CITYSCAPES_COLOURS]
+        settings["classes"] = list(CITYSCAPES_CLASSES)
+        settings["colours"] = [list(colour) for colour in CITYSCAPES_COLOURS]
     return {**settings, **more}
 
 
@@ -282,7 +283,7 @@ def test_label_ids_in_the_data_sets_own_coding(tmp_path, use_model):
     )
     ids = read_png(tmp_path / "a_segmentation_ids.png")
     train = np.load(tmp_path / "a_segmentation.npy")
-    assert set(np.unique(ids)) <= set(datasets.CITYSCAPES_IDS) and len(np.unique(ids)) > 2
+    assert set(np.unique(ids)) <= set(CITYSCAPES_IDS) and len(np.unique(ids)) > 2
     assert (datasets.LABELLED["cityscapes"].table[ids] == train).all()
     assert read_png(tmp_path / "a_segmentation.png").shape == (64, 96, 3)
 
@@ -654,7 +655,7 @@ def test_seg_scores_what_the_function_scores(tmp_path, use_model):
         f"mIoU {expected['miou']:.2f} %" in result.out
         and f"{expected['release_miou']:.2f} %" in result.out
     )
-    assert all(name in result.out for name in datasets.CITYSCAPES_CLASSES)
+    assert all(name in result.out for name in CITYSCAPES_CLASSES)
 
 
 def test_seg_splits(tmp_path, use_model):

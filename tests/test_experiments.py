@@ -1,4 +1,4 @@
-"""run_all.sh: every command is the experiment that the paper describes (protocol in RESULTS.md, "Rows and departures").
+"""run_all.sh: every command is the experiment that the paper describes (protocol in NOTES.md, "Rows and departures").
 
 python -m pytest -q tests/test_experiments.py
 """
@@ -438,11 +438,11 @@ def test_the_claim_s_data(real):
     for name, args in real.items():
         assert (args.encoder == "resnet18") + (args.encoder == "efficientnet_lite0") == 1
         if name.startswith("kitti_"):
-            assert_options(args, data="kitti", train_size=16, height=96, width=320)
+            assert_options(args, data="kitti", train_size=16, height=64, width=192)
             assert args.leave_out == ["000018", "000019", "000020", "000021"]
         elif not name.startswith("camvid_"):
             assert_options(
-                args, data="kitti", drives=drive, height=96, width=320, steps=2000, batch_size=4
+                args, data="kitti", drives=drive, height=64, width=192, steps=1000, batch_size=4
             )
     assert_options(
         real["shuffled_resnet18_seed2"], supervision="depth", shuffle_depth=2, init="none"

@@ -19,9 +19,9 @@ import torch
 from make_data import DRIVE, clips, labelled
 from PIL import Image, ImageOps
 
-import datasets
 import utils
 import weights
+from images import read_ids, read_image
 
 MUTATIONS = int(os.environ.get("FUZZ", "150"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -512,11 +512,11 @@ class DamageCase:
 
     def read(self) -> list[torch.Tensor]:
         if self.kind in ("png", "jpg"):
-            return [datasets.read_image(self.path)]
+            return [read_image(self.path)]
         if self.kind in ("depth", "label"):
             modes = ("I;16", "I") if self.kind == "depth" else ("L", "P")
             return [
-                torch.from_numpy(datasets.read_ids(self.path, modes).astype(np.int64))
+                torch.from_numpy(read_ids(self.path, modes).astype(np.int64))
             ]
         if self.kind == "points":
             root = self.path.partition("/2011_09_26/")[0]

@@ -21,10 +21,11 @@ from numpy.testing import assert_allclose
 from PIL import Image
 
 import datasets
-import evaluate
 import losses
 import networks
 import weights
+from images import velodyne_depth
+from metrics import DEPTH_METRICS, depth_errors, evaluate_depth_image, garg_crop, summarise_depth
 
 GOLDEN = Path(os.environ.get("GOLDEN") or ROOT.parent / "shared" / "golden")
 
@@ -434,14 +435,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def metrics(errors: dict[str, float]) -> list[float]:
-    return [errors[key] for key in evaluate.DEPTH_METRICS]
+    return [errors[key] for key in DEPTH_METRICS]
 
 
 def evaluate_all(golden: dict, protocol: str) -> list[dict]:
     rows = []
     for index, disparity in enumerate(golden["pred_disp"]):
         measured = golden[f"gt_{index}"]
-        rows.append(evaluate.evaluate_depth_image(disparity, measured, **PROTOCOLS[protocol]))
+        rows.append(evaluate_depth_image(disparity, measured, **PROTOCOLS[protocol]))
     return rows
 
 
@@ -454,7 +455,7 @@ def test_evaluation(path, protocol):
         assert row["pixels"] == golden[f"{protocol}_count"][index]
         expected = golden[f"{protocol}_errors"][index]
         assert_allclose(metrics(row), expected, rtol=1e-4, atol=1e-6)
-    summary = evaluate.summarise_depth(rows)
+    summary = summarise_depth(rows)
     assert_allclose(metrics(summary), golden[f"{protocol}_mean"], rtol=5e-5)
 
 
@@ -466,7 +467,7 @@ def test_median_scaling(path):
     for row, ratio in zip(rows, ratios, strict=True):
         assert row["ratio"] == pytest.approx(ratio, rel=2e-5)
         assert row["scale"] == pytest.approx(ratio, rel=2e-5)
-    summary = evaluate.summarise_depth(rows)
+    summary = summarise_depth(rows)
     median = np.median(ratios)
     assert summary["ratio_median"] == pytest.approx(median, rel=2e-5)
     assert summary["ratio_deviation"] == pytest.approx(np.std(ratios / median), rel=1e-4)
@@ -475,9 +476,9 @@ def test_median_scaling(path):
 @pytest.mark.parametrize("path", files("evaluation_seed*.npz"))
 def test_depth_errors(path):
     golden = read_arrays(path)
-    errors = evaluate.depth_errors(golden["errors_gt"], golden["errors_pred"])
+    errors = depth_errors(golden["errors_gt"], golden["errors_pred"])
     assert_allclose(metrics(errors), golden["errors"], rtol=2e-5)
-    errors = evaluate.depth_errors(golden["mono_eigen_gt0"], golden["mono_eigen_pred0"])
+    errors = depth_errors(golden["mono_eigen_gt0"], golden["mono_eigen_pred0"])
     assert_allclose(metrics(errors), golden["mono_eigen_errors"][0], rtol=2e-5)
 
 
@@ -486,7 +487,7 @@ def test_garg_crop(path):
     golden = read_arrays(path)
     for index in range(len(golden["pred_disp"])):
         height, width = golden[f"gt_{index}"].shape
-        assert evaluate.garg_crop(height, width) == tuple(golden[f"crop_{index}"])
+        assert garg_crop(height, width) == tuple(golden[f"crop_{index}"])
 
 
 # ------------------------------------------------------------------------------------ LiDAR
@@ -525,7 +526,7 @@ def test_velodyne_depth(tmp_path, folder, camera, side, forward_distance):
     clips = datasets.KittiRaw(root, ["0"], str(split), height=32, width=96)
     calibration = clips.calibration(drive)
     points = np.fromfile(clips.velodyne_file(drive, 7), np.float32)
-    ours = datasets.velodyne_depth(
+    ours = velodyne_depth(
         points.reshape(-1, 4),
         clips.velodyne_pose(drive),
         calibration["P"][side],

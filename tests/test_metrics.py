@@ -11,6 +11,7 @@ from torch import nn
 import datasets
 import metrics
 import networks
+from labels import CITYSCAPES_CLASSES, CITYSCAPES_IDS
 from utils import IGNORE, InputError
 
 CPU = torch.device("cpu")
@@ -251,7 +252,7 @@ def release_restated(label: np.ndarray, prediction: np.ndarray) -> float:
     """The release's score of one image from its description, one class after the other."""
     scores = []
     for raw in (7, 8, 11, 21, 22, 23, 26):  # its seven classes
-        train = datasets.CITYSCAPES_IDS.index(raw)
+        train = CITYSCAPES_IDS.index(raw)
         true_positive = np.sum((prediction == train) & (label == train))
         false_positive = np.sum(
             (prediction == train) & (label != train)
@@ -326,7 +327,7 @@ def test_segmenter_is_scored_over_all_pixels(tmp_path):
     ]
     assert scores["release_miou"] == pytest.approx(np.mean(release))
     assert scores["images"] == len(dataset)
-    assert list(scores["iou"]) == list(datasets.CITYSCAPES_CLASSES)
+    assert list(scores["iou"]) == list(CITYSCAPES_CLASSES)
 
 
 def test_batches_have_one_size_and_no_image_counts_twice(tmp_path, monkeypatch):
@@ -428,7 +429,7 @@ def test_scores_equal_cityscapes_own_evaluation(tmp_path, monkeypatch):
         path, reason="needs pip install cityscapesscripts", exc_type=ImportError
     )
     dataset = labelled_images(tmp_path)
-    raw_ids = np.array(datasets.CITYSCAPES_IDS, np.uint8)
+    raw_ids = np.array(CITYSCAPES_IDS, np.uint8)
     predictions = []
     count = metrics.confusion_matrix
 
