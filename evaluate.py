@@ -46,9 +46,7 @@ from metrics import (
     summarise_depth,
 )
 from utils import InputError, within
-from weights import load_model
-
-STEREO_SCALE = 5.4  # metres in a unit of Monodepth2's stereo weights, whose baseline is 0.1
+from weights import MONODEPTH2_UNIT, load_model
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -306,7 +304,7 @@ def default_scale(options: dict) -> float | str:
     if options.get("output") == "inverse depth" or options.get("depth_loss") == "affine":
         return "affine"
     if options.get("use_stereo"):
-        return STEREO_SCALE
+        return MONODEPTH2_UNIT
     return 1.0 if options.get("metric") else "median"
 
 

@@ -25,6 +25,8 @@ MONODEPTH2_FILES = {
     "pose_encoder": "pose_encoder.pth",
     "pose": "pose.pth",
 }
+MONODEPTH2_RANGE = 0.1, 100.0  # of depth, in Monodepth2's unit
+MONODEPTH2_UNIT = 5.4  # metres, where it was trained with stereo: it takes KITTI's baseline for 0.1
 OPTION_TYPES = {  # what model.pt may say, and as what
     str: ("task", "supervision", "data", "arch", "encoder", "dpt_layers", "positions", "output"),
     int: ("height", "width", "samples", "steps", "output_stride", "registers"),
@@ -81,13 +83,14 @@ def read_monodepth2(folder: str) -> tuple[str, dict, dict]:
     if ("pose" in parts) != ("pose_encoder" in parts):
         raise InputError(f"{folder}: pose_encoder.pth and pose.pth belong together, one is missing")
     encoder = parts["encoder"]
+    min_depth, max_depth = MONODEPTH2_RANGE
     options = {
         "task": "depth",
         "supervision": "Monodepth2",
         "arch": "unet",
         "encoder": "resnet50" if "encoder.layer1.0.conv3.weight" in encoder else "resnet18",
-        "min_depth": 0.1,
-        "max_depth": 100.0,
+        "min_depth": min_depth,
+        "max_depth": max_depth,
         "height": 192,
         "width": 640,
     }

@@ -25,9 +25,7 @@ import losses
 import networks
 import weights
 from utils import InputError, Parser, run_main, write_atomically
-
-MONODEPTH2_RANGE = (0.1, 100.0)  # in Monodepth2's units
-STEREO_UNIT = 5.4  # metres of Monodepth2's unit, where it was trained with stereo
+from weights import MONODEPTH2_RANGE, MONODEPTH2_UNIT
 
 
 class Exported(nn.Module):
@@ -93,7 +91,7 @@ def save_monodepth2(folder: str, parts: dict, options: dict) -> None:
         what = f"{options['task']} by {options['arch']}"
         raise InputError(f"--format monodepth2 is for depth by the U-Net, this is {what}")
     depth_range = options["min_depth"], options["max_depth"]
-    stereo_range = tuple(STEREO_UNIT * limit for limit in MONODEPTH2_RANGE)
+    stereo_range = tuple(MONODEPTH2_UNIT * limit for limit in MONODEPTH2_RANGE)
     stereo = bool(options.get("use_stereo")) or depth_range == stereo_range
     extra = {
         "height": options["height"],
@@ -106,7 +104,7 @@ def save_monodepth2(folder: str, parts: dict, options: dict) -> None:
 
     files = {"encoder": {**parts["encoder"], **extra}, "depth": parts["decoder"]}
     if "pose" in parts:
-        unit = STEREO_UNIT if stereo and options.get("metric") else 1.0
+        unit = MONODEPTH2_UNIT if stereo and options.get("metric") else 1.0
         files["pose_encoder"] = parts["pose_encoder"]
         files["pose"] = scale_translation(parts["pose"], 1 / unit)
     Path(folder).mkdir(parents=True, exist_ok=True)
