@@ -753,7 +753,7 @@ class Frames(Clips):
                     return f"{message}, but {name}: {how_to_convert(name)}"
         return message
 
-    def image_names(self, folder: str) -> list[str]:
+    def target_names(self, folder: str) -> list[str]:
         """Names of the images in a folder, without depth PNGs that have an image's name."""
         by_stem = {}
         for name in image_names(folder):
@@ -774,7 +774,7 @@ class Frames(Clips):
         """The sequences whose images lie in a folder."""
         if os.path.isfile(os.path.join(folder, "associations.txt")):
             return [self.associated(folder)]
-        groups = split_sequences(self.image_names(folder))
+        groups = split_sequences(self.target_names(folder))
         place = os.path.relpath(folder, self.root)
         found = []
         for pattern, members in groups.items():
@@ -964,9 +964,9 @@ class NyuClips(Frames):
         self.name += " (no raw scenes there: its labelled training images)"
         return [labelled]
 
-    def image_names(self, folder: str) -> list[str]:
+    def target_names(self, folder: str) -> list[str]:
         place = os.path.relpath(folder, self.root)
-        stems = {name: os.path.splitext(name)[0] for name in super().image_names(folder)}
+        stems = {name: os.path.splitext(name)[0] for name in super().target_names(folder)}
         if place == "image":
             train = set(read_names(os.path.join(self.root, "train.txt")))
             return [name for name, stem in stems.items() if stem in train - self.excluded]

@@ -48,7 +48,6 @@ from metrics import (
 from utils import InputError, within
 from weights import MONODEPTH2_UNIT, load_model
 
-
 # ---- options -----------------------------------------------------------------------------------
 
 def scale_option(text: str) -> float | str:

@@ -257,10 +257,11 @@ class Run:
         if self.writes:
             self._lock()
         self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
-        for rank_reads in (self.writes, not self.writes):  # rank 0 puts the folder in order first
-            if rank_reads:
-                self.checkpoint = read_last(self.path("last.pt"))
-            self.stops()  # all processes meet here
+        if not self.writes:
+            self.stops()  # all processes meet here: rank 0 puts the folder in order first
+        self.checkpoint = read_last(self.path("last.pt"))
+        if self.writes:
+            self.stops()
         if args.resume and self.checkpoint is None:
             raise InputError(f"--resume: there is no {self.path('last.pt')}")
         if self.checkpoint is not None:
