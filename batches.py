@@ -355,12 +355,10 @@ def train_batches(dataset: Samples, args: argparse.Namespace, start: int,
 
 
 def check_fit(args: argparse.Namespace, samples: int, size: Size) -> None:
-    """Refuses a batch larger than the data, a crop larger than the image, --scale without a crop."""
+    """Refuses a batch that is larger than the data, and a crop that is larger than the image."""
     if samples < getattr(args, "batch_size", 1):
         raise InputError(f"--batch_size {args.batch_size} is larger than the data, {samples} samples")
     crop = getattr(args, "crop", None)
-    if getattr(args, "scale", None) and not crop:
-        raise InputError("--scale needs a --crop, which gives all images of a batch one size")
     if crop and (crop[0] > size[0] or crop[1] > size[1]):
         raise InputError(f"--crop {crop[0]} {crop[1]} is larger than the image "
                          f"({size[0]} x {size[1]})")

@@ -637,7 +637,8 @@ def folders_below(root: str) -> list[str]:
         following = []
         for folder in level:
             real = os.path.realpath(folder)
-            if real in known:
+            above = os.path.realpath(root).startswith(os.path.join(real, ""))  # a link to there
+            if real in known or above:
                 continue
             known.add(real)
             found.append(folder)
@@ -1179,16 +1180,17 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
     intrinsics where --fov is not given.
     """
     if not with_depth and (args.shuffle_depth is not None or args.depth_rows):
-        raise InputError("--shuffle_depth and --depth_rows are for --supervision depth")
+        raise InputError("--shuffle_depth and --depth_rows are for measured depth, --supervision depth")
+    uncalibrated = args.data in ("frames", "camvid")
+    if not uncalibrated and (args.baseline or args.depth_scale or (args.fov and not fov)):
+        raise InputError(f"--fov, --depth_scale, --baseline: {args.data} comes with its own")
     cls, root = find_data(args.data, args.data_path, CLIPS)
     options = {"drives": args.drives, "frames": tuple(args.frames), "split": args.split,
                "with_depth": with_depth, "height": args.height, "width": args.width}
-    if issubclass(cls, Frames) and cls is not NyuClips:
+    if uncalibrated:
         options["fov"] = args.fov or fov
         options["depth_scale"] = args.depth_scale
         options["baseline"] = args.baseline
-    elif args.baseline or args.depth_scale or (args.fov and not fov):
-        raise InputError(f"--fov, --depth_scale, --baseline: {args.data} comes with its own")
     dataset = cls(root, frame_ids, **options)
     if args.split and not dataset.listed:
         raise InputError(f"--split {args.split}: none of its drives is in {root}, or --drives or "

@@ -381,7 +381,7 @@ def seg_command(args: argparse.Namespace) -> int:
     if args.split == "train" and (data != options["data"] or "train_size" not in options):
         raise InputError(f"{args.weights}: --split train needs the run's args.json, which says "
                          "what images it was trained on")
-    chosen = {"data": data, "data_path": args.data_path, "crop": None, "cache": None}
+    chosen = {"data": data, "data_path": args.data_path, "crop": None, "cache": None, "batch_size": 1}
     chosen = argparse.Namespace(**{**options, **chosen})
     if data != options["data"]:
         chosen.leave_out = []

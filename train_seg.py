@@ -89,6 +89,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     args.freeze_encoder |= args.arch == "linear"
     if args.freeze_encoder and args.freeze_batch_norm_only:
         raise InputError("--freeze_encoder and --freeze_batch_norm_only: choose one")
+    if args.scale is not None and args.crop is None:
+        raise InputError("--scale needs --crop: scaled images differ in size")
     args.name = args.name or default_name(args)
     networks.check_options(args)
     return args

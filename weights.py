@@ -213,15 +213,16 @@ def load_weights(
 
 
 def fit_decoder(model: Network, state: dict, options: dict, path: str, task: str) -> str:
-    for key in ("dpt_layers", "output_stride"):
-        trained = options.get(key, model.settings[key])
-        if trained != model.settings[key]:
-            raise InputError(f"{path} was trained with --{key} {trained}: say so here, too")
     try:
-        return fit(model.decoder, state, "decoder", path, keep_head=options.get("task") == task)
+        taken = fit(model.decoder, state, "decoder", path, keep_head=options.get("task") == task)
     except InputError as error:
         hint = "--init_parts encoder takes the encoder alone"
         raise InputError(f"{error} ({hint})") from None
+    for key in ("dpt_layers", "output_stride"):  # the same weights fit, and mean something else
+        trained = options.get(key, model.settings[key])
+        if trained != model.settings[key]:
+            raise InputError(f"{path} was trained with --{key} {trained}: say so here, too")
+    return taken
 
 
 def load_imagenet_pose(model: Network, pose: PoseNet) -> str:

@@ -218,7 +218,10 @@ def collect(
 ) -> list[dict]:
     """All batches of a training from a step on."""
     dataset = datasets.find_clips(args, frame_ids.split(), with_depth)
-    return list(train_batches(dataset, args, start, CPU))
+    batches = list(train_batches(dataset, args, start, CPU))
+    for batch in batches:
+        assert batch.pop("waited") >= 0
+    return batches
 
 
 def assert_same_batches(first: list[dict], second: list[dict]) -> None:

@@ -216,6 +216,7 @@ def test_options_that_a_network_cannot_take(changed, words):
         width=96,
         crop=None,
         batch_size=2,
+        output_stride=8,
     )
     networks.check_options(args)
     vars(args).update(changed)
