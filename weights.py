@@ -213,16 +213,20 @@ def load_weights(
 
 
 def fit_decoder(model: Network, state: dict, options: dict, path: str, task: str) -> str:
+    demand_same("dpt_layers", model, options, path)
     try:
         taken = fit(model.decoder, state, "decoder", path, keep_head=options.get("task") == task)
     except InputError as error:
         hint = "--init_parts encoder takes the encoder alone"
         raise InputError(f"{error} ({hint})") from None
-    for key in ("dpt_layers", "output_stride"):  # the same weights fit, and mean something else
-        trained = options.get(key, model.settings[key])
-        if trained != model.settings[key]:
-            raise InputError(f"{path} was trained with --{key} {trained}: say so here, too")
+    demand_same("output_stride", model, options, path)  # the same weights fit, and mean something else
     return taken
+
+
+def demand_same(key: str, model: Network, options: dict, path: str) -> None:
+    trained = options.get(key, model.settings[key])
+    if trained != model.settings[key]:
+        raise InputError(f"{path} was trained with --{key} {trained}: say so here, too")
 
 
 def load_imagenet_pose(model: Network, pose: PoseNet) -> str:
