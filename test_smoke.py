@@ -272,19 +272,6 @@ def test_tables(runs):
     assert Path(runs.folder, "index.html").exists()
 
 
-def test_bench():
-    """The last line is one JSON object."""
-    size = ("--height", 64, "--width", 96, "--batch_size", 2, "--steps", 1)
-    result = call(tool("bench"), "step", *size, expect=0)
-    assert isinstance(json.loads(result.out.strip().splitlines()[-1]), dict)
-
-
-def test_export(runs, tmp_path):
-    path = tmp_path / "network.pt2"
-    call(tool("export"), "--weights", runs.fine_tuned("none"), "--output", path, expect=0)
-    assert path.stat().st_size > 2**20
-
-
 # ------------------------------------------------------------ as a user starts them
 
 
