@@ -1181,8 +1181,11 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
     """
     if not with_depth and (args.shuffle_depth is not None or args.depth_rows):
         raise InputError("--shuffle_depth and --depth_rows are for measured depth, --supervision depth")
+    if frame_ids[0] != "0" or len(set(frame_ids)) < len(frame_ids):
+        raise InputError("--frame_ids starts with the target, 0, and names every frame once")
     uncalibrated = args.data in ("frames", "camvid")
-    if not uncalibrated and (args.baseline or args.depth_scale or (args.fov and not fov)):
+    learned = vars(args).get("intrinsics") == "learned"  # starting from --fov
+    if not uncalibrated and (args.baseline or args.depth_scale or (args.fov and not learned)):
         raise InputError(f"--fov, --depth_scale, --baseline: {args.data} comes with its own")
     cls, root = find_data(args.data, args.data_path, CLIPS)
     options = {"drives": args.drives, "frames": tuple(args.frames), "split": args.split,

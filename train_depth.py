@@ -105,8 +105,6 @@ def complete(args: Namespace) -> None:
 
 def check(args: Namespace) -> None:
     """Refuses options that do not fit together."""
-    if args.frame_ids[0] != 0 or len(set(args.frame_ids)) < len(args.frame_ids):
-        raise InputError("--frame_ids starts with the target, 0, and names every frame once")
     if (is_video(args) or args.task == "flow") != (len(args.frame_ids) > 1):
         raise InputError("--frame_ids: video and flow need source frames, other tasks none")
     if args.task == "flow" and (len(args.frame_ids) != 2 or args.arch != "unet"):
@@ -125,11 +123,11 @@ def kind_of(args: Namespace) -> str:
 
 
 def is_video(args: Namespace) -> bool:
-    return "mono" in kind_of(args)
+    return kind_of(args) in ("mono", "mono+stereo")
 
 
 def is_stereo(args: Namespace) -> bool:
-    return "stereo" in kind_of(args)
+    return kind_of(args) in ("stereo", "mono+stereo")
 
 
 def is_measured(args: Namespace) -> bool:
@@ -320,7 +318,6 @@ def main() -> int:
     # loop
     meter = utils.Meter()
     trouble = {}
-    record = {}
     done = start
     stream = batches.train_batches(dataset, args, start, device)
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps,
@@ -368,11 +365,11 @@ def main() -> int:
         print(f"stopped at step {done}, saved; the same command continues")
         return utils.STOPPED
     if run.writes:
-        result = {"step": done, **record, "warnings": list(trouble.values())}
+        result = {"step": done, **run.record, "warnings": list(trouble.values())}
         if objective.intrinsics is not None:
             result["cameras"] = cameras.describe(learned.cameras())
         utils.save_json(run.path("result.json"), result)
-        print(f"{args.name}: {done} steps done, loss {record.get('loss', math.nan):.4f}")
+        print(f"{args.name}: {done} steps done, loss {run.record.get('loss', math.nan):.4f}")
     return 0
 
 

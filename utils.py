@@ -260,6 +260,7 @@ class Run:
         if not self.writes:
             self.stops()  # all processes meet here: rank 0 puts the folder in order first
         self.checkpoint = read_last(self.path("last.pt"))
+        self.record = (self.checkpoint or {}).get("record", {})  # the last one logged
         if self.writes:
             self.stops()
         if args.resume and self.checkpoint is None:
@@ -327,6 +328,7 @@ class Run:
         """One record, for people and as a line of JSON."""
         if not self.writes:
             return
+        self.record = record
         self.log_file.write(json.dumps(record) + "\n")
         tqdm.write("  ".join(f"{key} {value:.6g}" for key, value in record.items()))
         if self.board is not None:
@@ -362,8 +364,8 @@ class Run:
                 sys.exit(f"stopped: weights of the {name} are not finite after step {step}")
         model = {"options": {**options, "steps": step}, **state}
         os.fsync(self.log_file.fileno())
-        last = {"step": step, "args": vars(self.args), "log_size": self.log_file.tell(),
-                "model": state, "optimizer": optimizer.state_dict()}
+        last = {"step": step, "args": vars(self.args), "record": self.record,
+                "log_size": self.log_file.tell(), "model": state, "optimizer": optimizer.state_dict()}
         write_atomically(self.path("model.pt"), partial(torch.save, model))
         write_atomically(self.path("last.pt"), partial(torch.save, last), keep_old=True)
 

@@ -131,8 +131,8 @@ def name_pretraining(init: str) -> str:
 # ------------------------------------------------------------------------------------ loading
 
 
-def fit(module: nn.Module, state: dict, name: str, path: str, keep_head: bool = True) -> str:
-    """Load one part strictly. Only heads may stay as they are: of another shape, or all unless `keep_head`.
+def fit(module: nn.Module, state: dict, name: str, path: str, heads: str = "that fit") -> str:
+    """Load one part strictly; of its heads "none", those "that fit", or "all".
 
     Returns what was taken, as in "decoder 20/22: head replaced".
     """
@@ -142,16 +142,17 @@ def fit(module: nn.Module, state: dict, name: str, path: str, keep_head: bool = 
     taken, problems = {}, []
     for key, value in state.items():
         head = is_head(module, key)
-        if key.startswith("encoder.fc.") or (head and not keep_head):
+        if key.startswith("encoder.fc.") or (head and heads == "none"):
             continue
         if key in own and value.shape == own[key].shape:
             taken[key] = value
-        elif not head:
+        elif not head or heads == "all":
             here = tuple(own[key].shape) if key in own else "absent"
             problems.append(f"{key} is {here} here, {tuple(value.shape)} there")
     for key in own.keys() - state.keys():
         counter = key.endswith("num_batches_tracked")  # older files have none; it starts at 0 then
-        if not is_head(module, key) and not counter:
+        demanded = heads == "all" or not is_head(module, key)
+        if demanded and not counter:
             problems.append(f"{key} is {tuple(own[key].shape)} here, absent there")
     if problems:
         count = f"{len(taken)}/{len(own)} tensors"
@@ -214,8 +215,9 @@ def load_weights(
 
 def fit_decoder(model: Network, state: dict, options: dict, path: str, task: str) -> str:
     demand_same("dpt_layers", model, options, path)
+    heads = "that fit" if options.get("task") == task else "none"
     try:
-        taken = fit(model.decoder, state, "decoder", path, keep_head=options.get("task") == task)
+        taken = fit(model.decoder, state, "decoder", path, heads)
     except InputError as error:
         hint = "--init_parts encoder takes the encoder alone"
         raise InputError(f"{error} ({hint})") from None
@@ -268,10 +270,7 @@ def load_model(path: str, device="cpu", task: str | None = None) -> tuple[Networ
     scales = tuple(range(len(weights)))
     model = build(arch, options["encoder"], channels, scales, **settings)
     for name, part in model.parts().items():
-        fit(part, parts[name], name, path)
-        for key, value in part.state_dict().items():
-            if is_head(part, key) and value.shape != parts[name].get(key, value[:0]).shape:
-                raise InputError(f"{path}: the {name}'s head does not fit its options")
+        fit(part, parts[name], name, path, heads="all")
     return model.to(device, memory_format=torch.channels_last).eval(), options
 
 

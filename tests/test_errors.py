@@ -315,6 +315,12 @@ $ train_depth.py --supervision stereo --depth_rows 0.1 0.7
 $ train_depth.py --supervision stereo --fov 60
 --fov ... synthetic comes with its own
 
+$ train_depth.py --supervision depth --fov 60
+--fov ... synthetic comes with its own
+
+$ train_depth.py --task flow --fov 60
+--fov ... synthetic comes with its own
+
 $ train_depth.py --supervision depth --depth_scale 256
 --depth_scale ... synthetic comes with its own
 

@@ -201,6 +201,16 @@ def unfinished(small_run, tmp_path) -> tuple[list, Path]:
 # ------------------------------------------------------------ the same bits
 
 
+@pytest.mark.parametrize("kind", ("mono", "depth", "flow", "reconstruction", "segmentation"))
+def test_a_run_killed_before_its_result(tmp_path, runs, kind):
+    """All steps are done and saved; the same command adds result.json as it would have been."""
+    script, reference, options = training(kind, runs, tmp_path)
+    run = Path(shutil.copytree(reference, tmp_path / Path(reference).name))
+    (run / "result.json").unlink()
+    call(SCRIPTS[script], *options, expect=0)
+    assert read_json(run, "result.json") == read_json(reference, "result.json")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_killed_run_continues_bit_for_bit(tmp_path, runs, kind):
