@@ -343,6 +343,29 @@ def test_the_claim_s_contrasts(claim_runs):
         assert each[5:] == ["", ""]  # described, not tested
 
 
+@pytest.mark.parametrize("whole", (False, True))
+def test_the_contrasts_elsewhere(claim_runs, whole):
+    """Trained all through, None takes the place of the calibrated one; flow has no decoder to hand over."""
+    folder, _ = claim_runs
+    depth = "depthrand" if whole else "depthrand-encoder"
+    means = {"none": 30.0, "flow-encoder": 29.0, depth: 33.0}
+    scores = {}
+    for init, mean in means.items():
+        for data, images in LABEL_SETS.values():
+            for seed in range(2):
+                scores[init, seed] = mean + seed * (mean - 29)
+                name = f"{data}_seg_{init}_efficientnet_lite0_unet_all_n{images}_seed{seed}"
+                write_run(folder, name, scores[init, seed])
+    part = "whole network" if whole else "encoder only"
+    title = "The same contrasts elsewhere"
+    text = make_tables(folder)
+    name = "Depth-Rand - None (the best baseline)"
+    row = row_of(text, title, "efficientnet_lite0", f"all, {part}", name)
+    differences = [scores[depth, seed] - scores["none", seed] for seed in range(2)]
+    assert row[3:] == ["2", claim.estimate(differences).text(sign="+")]
+    assert text.count("(the best baseline)") == 5  # four with the frozen encoder
+
+
 def test_the_claim_s_rows(claim_runs):
     folder, scores = claim_runs
     text = make_tables(folder)
