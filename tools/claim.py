@@ -267,11 +267,11 @@ def other_contrast_table(claim: Claim) -> Table:
     rows = []
     for network in claim.networks:
         for tuned, whole in (("all", False), ("frozen", True), ("all", True)):
+            part = "whole network" if whole else "encoder only"
             for left, rights in CONTRASTS:
                 left, *rights = (elsewhere(init, tuned, whole) for init in (left, *rights))
                 right = claim.best(network, rights, tuned)
                 found = claim.differences(network, claim.label_sets, left, right, tuned)
-                part = "whole network" if whole else "encoder only"
                 name = contrast_name(left, right, rights)
                 value = estimate(found.values())
                 rows.append(
