@@ -32,7 +32,7 @@ from utils import IGNORE, SIGNALS, InputError, processes, rank, save_json
 
 GPU_SHARE = 0.6  # of a GPU's free memory, which data may take
 SHARED_MEMORY = "/dev/shm"
-PADDING = 0.45 * 255  # the colour around an image that is smaller than its crop
+NEUTRAL = 0.45  # of removed pixels, and around an image that is smaller than its crop: a ResNet's mean
 
 
 # ---- which samples -----------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def rescale(image: Tensor, label: Tensor, factor: float,
     below = max(crop[0] - height, 0)
     right = max(crop[1] - width, 0)
     padding = (0, right, 0, below)
-    image = F.pad(image, padding, value=PADDING)
+    image = F.pad(image, padding, value=255 * NEUTRAL)
     label = F.pad(label, padding, value=IGNORE)
     return image, label
 
@@ -304,11 +304,9 @@ def draw_patches(shape: tuple, seed: int, step: int, kind: str = "rectangles") -
     generator = step_generator(seed, step)
     draw_uniform(B, 5, generator)  # the jitter's
     if kind == "patches":
-        patches = 0.01 * H * W / 49
-        most = max(1, math.ceil(patches))
-        share = 0.1 + 0.9 * draw_uniform(B, 1, generator)
-        # in this order, as rounding depends on it
-        count = (share * 0.01 * H * W / 49).ceil()
+        most = max(1, math.ceil(0.01 * H * W / 49))
+        share = 0.1 + 0.9 * draw_uniform(B, 1, generator)  # of 1 % of the pixels
+        count = (share * 0.01 * H * W / 49).ceil()  # squares of 49 pixels
         height = torch.full((B, most), 7.0)
         width = height
     else:
@@ -350,6 +348,7 @@ def train_batches(dataset: Samples, args: argparse.Namespace, start: int,
         check_shared_memory(dataset, args)
         source = DataLoader(
             WholeBatches(dataset), batch_size=None, sampler=steps, num_workers=args.num_workers,
+            multiprocessing_context="fork" if args.num_workers else None,  # data sets do not pickle
             worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
     return finish(dataset, args, zip(steps, source), device)
 

@@ -271,9 +271,6 @@ class Cameras:
     start: Tensor  # (cameras, 3, 3): where learning starts, by --fov if that is given
     size: Size  # the data set's
 
-    def __getitem__(self, i: int) -> list | Tensor:
-        return (self.folders, self.shapes, self.given, self.start)[i]
-
     def describe(self, learned: Tensor) -> dict[str, dict]:
         """Learned K (cameras, 3, 3) by folder, at the size of training and of the images."""
         found = {}
@@ -347,6 +344,11 @@ def baselines(P: dict[str, np.ndarray]) -> dict[str, float]:
     return {"l": float(x["r"] - x["l"]), "r": float(x["l"] - x["r"])}
 
 
+def matches(folder: str, drives: list[str]) -> bool:
+    """Whether the folder's name holds one of the names that --drives gives."""
+    return any(drive in folder for drive in drives)
+
+
 class KittiRaw(Clips):
     """KITTI raw: `<date>/<drive>/image_0{2,3}/data/*.{png,jpg}`, calibration by date, LiDAR.
 
@@ -415,16 +417,17 @@ class KittiRaw(Clips):
                 there = ", ".join(present[:4])
                 raise InputError(f"--drives {drive}: no such drive in {self.root} "
                                  f"(there: {there}, ...)")
-        if drives:
-            present = [folder for folder in present if any(drive in folder for drive in drives)]
-        return present
+        if not drives:
+            return present
+        return [folder for folder in present if matches(folder, drives)]
 
     def choose_targets(self, present: list[str], split: str | None, drives: list[str] | None,
                        frames: tuple) -> list[tuple]:
         """(drive, frame number, side), by a file, else all of chosen drives or frames, else by the
         published split, if any of its drives is there.
         """
-        chosen = range(*slice(*frames).indices(10 ** 10))
+        first, stop = frames
+        chosen = range(first or 0, stop or 10 ** 10)
         if split and split not in PUBLISHED_SPLITS:
             rows = self.rows_of(split, present)
             if rows is None:
@@ -1016,7 +1019,7 @@ class CityscapesClips(Clips):
         self.places = cache(self.find_places)
         self.read_camera = cache(read_cityscapes_camera)
         if "s" in frame_ids:
-            raise InputError("--supervision stereo: of cityscapes only the left camera is read; "
+            raise InputError("--supervision stereo: only the left camera of cityscapes is read; "
                              "use mono or depth")
         if split:
             raise InputError("--split is for kitti and frames; of cityscapes choose --drives CITY")
@@ -1152,9 +1155,10 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
         help="horizontal field of view in degrees of images without intrinsics; with --intrinsics "
              "learned, where to start")
     add("--depth_scale", type=within(float, 1e-3),
-        help="value of one metre in depth PNGs of frames (default: 1000; TUM's associations: 5000)")
+        help="with --data frames, the value of one metre in depth PNGs (default: 1000; TUM's "
+             "associations: 5000)")
     add("--baseline", type=within(float, 1e-6), metavar="METRES",
-        help="distance of the left and the right camera of frames")
+        help="with --data frames, the distance between the left and the right camera")
     add("--shuffle_depth", type=within(int, 0), nargs="?", const=0, metavar="SEED",
         help="give each image the depth of a random other frame: a control without geometry")
     add("--depth_rows", type=within(float, 0, 1), nargs=2, metavar=("A", "B"),
@@ -1202,7 +1206,7 @@ def find_clips(args: argparse.Namespace, frame_ids: list[str], with_depth: bool,
     if dataset.dropped_count > len(dataset):
         print(f"warning: more is left out than used: {dataset.dropped}")
     if args.depth_rows and args.depth_rows[0] >= args.depth_rows[1]:
-        raise InputError("--depth_rows A B: A is to be below B")
+        raise InputError("--depth_rows A B: A must be below B")
     dataset.depth_rows = args.depth_rows
     if args.shuffle_depth is not None:
         dataset.shuffle_depth(args.shuffle_depth)

@@ -101,12 +101,13 @@ def add_depth_options(add: Callable) -> None:
     add("--constant_from", type=datasets.parse_range, metavar="A:B",
         help="also score a constant picture, the median depth of these training frames")
     add("--scale", type=scale_option, metavar="{median,affine,NUMBER}",
-        help="what makes metres of depth (default: 1 for metric training, 5.4 for Monodepth2's "
-             "stereo weights, affine for DPT and Depth Anything, else median)")
+        help="how predicted depth becomes metres (default: 1 for metric training, 5.4 for "
+             "Monodepth2's stereo weights, affine for DPT and Depth Anything, else median)")
     add("--ground_truth", choices=("auto", "velodyne_x", "z"), default="auto",
         help="KITTI: forward distance of the raw points, the published protocol, or camera z "
              "(auto: the former where every frame has raw points)")
-    add("--min_eval", type=within(float, 1e-6), default=1e-3, help="metres")
+    add("--min_eval", type=within(float, 1e-6), default=1e-3,
+        help="nearest depth in metres; without a crop, of predictions alone, as --max_eval")
     add("--max_eval", type=within(float, 1e-6), help="metres (default: 80; NYU 10)")
     add("--no_crop", action="store_true", help="every measured pixel instead of Eigen's crop")
     add("--output", help="folder for depth.json, with the scores of every image")
@@ -115,7 +116,7 @@ def add_depth_options(add: Callable) -> None:
 def add_seg_options(add: Callable) -> None:
     add("--weights", required=True, help="run folder or model.pt of a segmenter")
     add("--data", help="default: what it was trained on")
-    add("--data_path", help="root of the data set (default: data/NAME)")
+    add("--data_path", help="root of the data set (default: the run's own, of other data data/NAME)")
     add("--split", choices=("train", "val", "test"), default="val",
         help="which images (train: those it was trained on)")
     add("--eval_mode", choices=("whole", "slide"),
@@ -229,7 +230,7 @@ def gradcam(model: torch.nn.Module, images: torch.Tensor, layer: int = 0) -> tor
     """Grad-CAM (B, h, w) of one of the encoder's maps for images (B, 3, H, W) in [0, 1] (Figure 6).
 
     A channel's weight is the mean gradient of the predicted classes' scores, summed over pixels
-    (of a depth network: of the disparity before its sigmoid). 99 % of each map lie below 1.
+    (of a depth network: of the disparity before its sigmoid). 99 % of each map lies below 1.
     """
     features = model.requires_grad_().encoder(images)
     if layer >= len(features):
@@ -253,17 +254,25 @@ def draw_gradcam(model: torch.nn.Module, options: dict, image: torch.Tensor,
 
 # ---- depth -------------------------------------------------------------------------------------
 
-Frames = list[tuple[str, Callable[[], np.ndarray]]]  # image, and what reads its depth in metres
+Measured = list[tuple[str, Callable[[], np.ndarray]]]  # image, and what reads its depth in metres
 
 
-def kitti_frames(args: argparse.Namespace, frames: tuple, truth: str) -> tuple[str, str, Frames]:
-    """Title, kind of ground truth, and the left camera's frames: the Eigen test split or A to B.
+def find_measured(args: argparse.Namespace, span: tuple, truth: str,
+                  training: bool = False) -> tuple[str, str, Measured]:
+    """Title, kind of ground truth, and the frames of the span (A, B) that have depth."""
+    if args.data == "nyu":
+        return nyu_frames(args, span, "train" if training else "test")
+    return kitti_frames(args, span, truth)
+
+
+def kitti_frames(args: argparse.Namespace, span: tuple, truth: str) -> tuple[str, str, Measured]:
+    """The left camera's frames: the Eigen test split or A to B.
 
     truth: as --ground_truth has it. Camera z is of one kind for all frames, the one that most have;
     the title says how many.
     """
     cls, root = datasets.find_data(args.data, args.data_path, datasets.CLIPS)
-    clips = cls(root, ["0"], split="test", drives=args.drives, frames=frames, cameras="l",
+    clips = cls(root, ["0"], split="test", drives=args.drives, frames=span, cameras="l",
                 height=32, width=32)
     points = [clips.depth_file("velodyne", *sample["place"]) for sample in clips.samples]
     if truth == "auto":
@@ -282,10 +291,10 @@ def kitti_frames(args: argparse.Namespace, frames: tuple, truth: str) -> tuple[s
     return f"{len(found)} of {len(clips)} frames of {clips.name}", truth, found
 
 
-def nyu_frames(args: argparse.Namespace, frames: tuple, split: str) -> tuple[str, str, Frames]:
-    """The same of NYU-v2's labelled images, as tools/prepare_nyu.py writes them."""
+def nyu_frames(args: argparse.Namespace, span: tuple, split: str) -> tuple[str, str, Measured]:
+    """NYU-v2's labelled images, as tools/prepare_nyu.py writes them."""
     cls, root = datasets.find_data("nyu", args.data_path, datasets.LABELLED)
-    pairs = cls(root, split, height=32, width=32).pairs[slice(*frames)]
+    pairs = cls(root, split, height=32, width=32).pairs[slice(*span)]
     found = []
     for image, _ in pairs:
         depth = os.path.join(root, "depth", os.path.basename(image))
@@ -299,7 +308,10 @@ def read_millimetres(path: str) -> np.ndarray:
 
 
 def default_scale(options: dict) -> float | str:
-    """What makes metres of a network's depth."""
+    """What makes metres of a network's depth.
+
+    depth_loss: of runs of the first edition, and of FORKING.md's "A new loss".
+    """
     if options.get("output") == "inverse depth" or options.get("depth_loss") == "affine":
         return "affine"
     if options.get("use_stereo"):
@@ -307,7 +319,7 @@ def default_scale(options: dict) -> float | str:
     return 1.0 if options.get("metric") else "median"
 
 
-def score_depth(args: argparse.Namespace, frames: Frames, scale: float | str,
+def score_depth(args: argparse.Namespace, frames: Measured, scale: float | str,
                 inverse_of: Callable) -> dict:
     """Prints and returns scores, also "by_image"; inverse_of(path) gives 1 / depth (h, w)."""
     rows = []
@@ -323,7 +335,7 @@ def score_depth(args: argparse.Namespace, frames: Frames, scale: float | str,
     return {**summary, "by_image": rows}
 
 
-def constant_picture(training: Frames, test: Frames) -> np.ndarray:
+def constant_picture(training: Measured, test: Measured) -> np.ndarray:
     """`constant_depth` of the training frames that have the first test frame's size."""
     shape = test[0][1]().shape
     maps = [read() for _, read in training]
@@ -339,14 +351,18 @@ def depth_command(args: argparse.Namespace) -> int:
     args.max_eval = args.max_eval or (10.0 if nyu else 80.0)
     if args.min_eval >= args.max_eval:
         raise InputError(f"--min_eval {args.min_eval:g} is not below --max_eval {args.max_eval:g}")
+    if nyu and (args.drives or args.ground_truth != "auto"):
+        raise InputError("--drives and --ground_truth are for KITTI, not for --data nyu")
     args.crop = None if args.no_crop else "nyu" if nyu else "garg"
-    find = nyu_frames if nyu else kitti_frames
+    range_text = f"{args.min_eval:g} to {args.max_eval:g} m"
+    counted = f"{args.crop} crop, measured depth from {range_text}"
+    if args.no_crop:
+        counted = f"every measured pixel, predictions clipped to {range_text}"
     device = utils.pick_device(args.device)
     model, options = load(args.weights, device, "depth")
     scale = args.scale or default_scale(options)
-    title, truth, frames = find(args, args.frames, "test" if nyu else args.ground_truth)
-    print(f"{args.weights} on {title}; ground truth {truth}, scale {scale}, "
-          f"{args.crop or 'no'} crop, {args.min_eval:g} to {args.max_eval:g} m")
+    title, truth, frames = find_measured(args, args.frames, args.ground_truth)
+    print(f"{args.weights} on {title}; ground truth {truth}, scale {scale}, {counted}")
 
     @torch.inference_mode()
     def inverse_of(path: str) -> np.ndarray:
@@ -357,7 +373,7 @@ def depth_command(args: argparse.Namespace) -> int:
     print(f"ratio of medians: median {scores['ratio_median']:.3f}, "
           f"relative deviation {scores['ratio_deviation']:.3f}")
     if args.constant_from:
-        _, _, training = find(args, args.constant_from, "train" if nyu else truth)
+        _, _, training = find_measured(args, args.constant_from, truth, training=True)
         picture = 1 / constant_picture(training, frames)
         factor = scale if isinstance(scale, str) else 1.0  # the picture is in metres
         scores["constant"] = score_depth(args, frames, factor, lambda path: picture)
@@ -381,7 +397,9 @@ def seg_command(args: argparse.Namespace) -> int:
     if args.split == "train" and (data != options["data"] or "train_size" not in options):
         raise InputError(f"{args.weights}: --split train needs the run's args.json, which says "
                          "what images it was trained on")
-    chosen = {"data": data, "data_path": args.data_path, "crop": None, "cache": None, "batch_size": 1}
+    own_path = options.get("data_path") if data == options["data"] else None
+    chosen = {"data": data, "data_path": args.data_path or own_path, "crop": None, "cache": None,
+              "batch_size": 1}
     chosen = argparse.Namespace(**{**options, **chosen})
     if data != options["data"]:
         chosen.leave_out = []

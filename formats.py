@@ -352,7 +352,8 @@ FORMATS = (
     ("MAE ViT", ("vit.embeddings.cls_token", "decoder.mask_token"), from_hugging_face_mae),
     ("ViT (ImageNet)", ("vit.embeddings.cls_token", "classifier.weight"), from_hugging_face_vit),
     ("ViT (ImageNet)", ("embeddings.cls_token", "pooler.dense.weight"), from_hugging_face_vit),
-    ("MAE ViT", ("encoder.layer.0.layernorm_before.weight",), from_hugging_face_mae),
+    # without a pooler it is MAE's or DINO's: their keys are the same, and so is their normalisation
+    ("MAE or DINO ViT", ("encoder.layer.0.layernorm_before.weight",), from_hugging_face_mae),
     ("DINOv2 ViT", ("blocks.0.ls1.gamma", "register_tokens"), from_dinov2_registers),
     ("DINOv2 ViT", ("blocks.0.ls1.gamma", "reg_token"), from_dinov2_registers),
     ("DINOv2 ViT", ("blocks.0.ls1.gamma", "mask_token"), from_dinov2),

@@ -1,4 +1,4 @@
-"""Files: images, the names of frames, intrinsics and LiDAR as they are, and resizing them.
+"""Reads images, names of frames, intrinsics and LiDAR, and resizes them.
 
 An image and what belongs to it are resized in step: Eq. (1) of the paper, which warps one image
 into another, rests on intrinsics and depth that fit the pixels. What cannot be right is refused.

@@ -76,7 +76,9 @@ NYU13_OF_40 = """
 
 def parse_classes(table: str) -> tuple[tuple, tuple, tuple]:
     """Raw ids, colours and names of a table above."""
-    ids, colours, names = [], [], []
+    ids = []
+    colours = []
+    names = []
     for line in table.strip().splitlines():
         raw, red, green, blue, name = line.split(maxsplit=4)
         ids.append(int(raw))
@@ -205,7 +207,7 @@ class Labelled(Samples):
         return image, label
 
     def load(self, index: int, native_label: bool = False) -> tuple[Tensor, Tensor]:
-        """Image (3, H, W) and label (H, W), or at its own size (h, w): resized, uint8."""
+        """Resized image (3, H, W) and label (H, W), uint8; native_label: the label at its own size."""
         if self.arrays is not None and not native_label:
             sample = gather(self.arrays, torch.tensor(index))
             return sample["image"], sample["label"]

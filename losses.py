@@ -4,7 +4,8 @@ Images are (B, 3, H, W) in [0, 1]. Depth (B, 1, H, W) is camera z, and disparity
 sigmoid in (0, 1). Intrinsics K (B, 3, 3) are in pixels, without skew; the centre of the first pixel
 is (0, 0), hence align_corners=True. T (B, 4, 4) maps target-camera to source-camera points.
 A list of outputs starts at full size; its map number s has 1 / 2^s of that.
-A loss returns (terms, views): scalars by name, of which "loss" trains, and detached maps to look at.
+A training loss returns terms: scalars by name, of which "loss" trains. Those of pre-training also
+return views: detached maps to look at.
 """
 
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ class PhotometricLoss:
 
     min_depth: float = 0.1
     max_depth: float = 100.0
-    smoothness: float = 1e-3
+    smoothness_weight: float = 1e-3
     automask: bool = True
     minimum: bool = True
     ssim: bool = True
@@ -231,8 +232,8 @@ class PhotometricLoss:
         """
         everywhere = torch.ones_like(target[:, :1]).bool()
         everywhere = everywhere.expand(-1, len(sources), -1, -1)
-        unmoved = torch.zeros_like(target[:, :1])  # what a warped source has to beat
-        if self.automask:
+        unmoved = torch.zeros_like(target[:, :1])  # stands where a pixel does not train
+        if self.automask:  # then it is also what a warped source has to beat
             unmoved = self.best_error(sources, target, everywhere)
 
         photometric = []
@@ -267,7 +268,7 @@ class PhotometricLoss:
             "smoothness": torch.stack(smooth).mean(),
             "masked": 1 - views["mask"].float().mean(),
         }
-        terms["loss"] = terms["photometric"] + self.smoothness * terms["smoothness"]
+        terms["loss"] = terms["photometric"] + self.smoothness_weight * terms["smoothness"]
         return terms, views
 
     def best_error(self, images: list[Tensor], target: Tensor, seen: Tensor) -> Tensor:
@@ -310,9 +311,9 @@ def flow_loss(
     flows: list[Tensor],
     target: Tensor,
     source: Tensor,
-    weight: float = 2.0,
+    smoothness_weight: float = 2.0,
 ) -> Results:
-    """Optical flow: photometric error of the warped source, `weight` times smoothness.
+    """Optical flow: photometric error of the warped source, plus weighted smoothness.
 
     flows: (B, 2, H / 2^s, W / 2^s) in pixels of their own scale, from target to source.
     Smoothness is of both components at full size, as a share of the image, as in the release.
@@ -341,7 +342,7 @@ def flow_loss(
         "smoothness": mean_over_scales(smooth),
         "outside": outside,
     }
-    terms["loss"] = terms["photometric"] + weight * terms["smoothness"]
+    terms["loss"] = terms["photometric"] + smoothness_weight * terms["smoothness"]
     return terms, views
 
 

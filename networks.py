@@ -336,12 +336,15 @@ class Intrinsics(nn.Module):
     def cameras(self) -> Tensor:
         """K (cameras, 3, 3) of whole images, as learned so far."""
         ratio = math.log(1.1) / 2 * self.ratio.tanh()
-        stretch = math.log(3) * self.focal.tanh()
-        stretch = stretch + torch.cat([ratio, -ratio], 1)  # log of the change of fx, fy
-        shift = self.extent / 4 * self.centre.tanh()  # of cx, cy
-        factors = F.pad(stretch.exp() - 1, (0, 1))
-        K = self.start * (1 + factors.diag_embed())
-        return K + F.pad(shift[..., None], (2, 0, 0, 1))
+        stretch = self.focal_growth() + torch.cat([ratio, -ratio], 1)  # log of the change of fx, fy
+        K = self.start.clone()
+        K[:, [0, 1], [0, 1]] *= stretch.exp()
+        K[:, :2, 2] += self.extent / 4 * self.centre.tanh()
+        return K
+
+    def focal_growth(self) -> Tensor:
+        """Log of the change in focal length, (cameras, 1)."""
+        return math.log(3) * self.focal.tanh()
 
     def forward(self, K: Tensor, camera: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
         """The data set's K (B, 3, 3) for cropped and mirrored images (B,) of cameras (B,), corrected.
@@ -354,7 +357,7 @@ class Intrinsics(nn.Module):
         sign = torch.ones_like(K)
         sign[:, 0, 2] -= 2 * mirrored.to(K.device)
         corrected = K + sign * change[camera]
-        growth = math.log(3) * self.focal[camera].tanh()  # log of the change in focal length
+        growth = self.focal_growth()[camera]
         factors = (-growth).exp().expand(-1, 2)
         return corrected, F.pad(factors, (0, 1), value=1)
 
@@ -434,7 +437,7 @@ def build_decoder(
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse image sizes that the network cannot take, a DeepLabV3 batch of one, and what others ignore."""
+    """Refuse image sizes that the network cannot take, and what --arch rules out."""
     step = VITS[args.encoder][0] if args.encoder in VITS else 32
     sides = [("height", args.height), ("width", args.width)]
     for side in vars(args).get("crop") or ():

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-REMOVED_COLOUR = 0.45  # of removed pixels: the mean that a ResNet subtracts
+from batches import NEUTRAL
 
 DEPTH_COLOURS = torch.tensor([
     (13, 8, 35),  # far
@@ -130,7 +130,7 @@ def draw_views(target: Tensor, views: dict, count: int = 4) -> Image.Image:
         mask = few["mask"].float()
         columns["trains here"] = mask.expand(-1, 3, -1, -1)
     if "removed" in few:
-        columns["input"] = target.masked_fill(few["removed"], REMOVED_COLOUR)
+        columns["input"] = target.masked_fill(few["removed"], NEUTRAL)
         columns["reconstruction"] = few["reconstruction"]
     return picture_grid(by_image(columns), list(columns))
 

@@ -1,9 +1,10 @@
 """Pre-trains on geometry: depth from video, stereo or LiDAR (Eq. 1), and the baselines of Section 4.1.
 
-    python train_depth.py                                        # the synthetic street
-    python train_depth.py --data kitti --supervision mono+stereo # the paper's KITTI pre-training
+    python train_depth.py --data kitti --supervision mono+stereo    # the paper's pre-training
     python train_depth.py --data frames --data_path my_video --fov 60
+    python train_depth.py --height 64 --width 192 --batch_size 4 --steps 250 --learning_rate 1e-3
 
+Defaults are the paper's KITTI schedule; the last line is a short try on the synthetic street.
 Weights, options, log and pictures go to runs/<name>/; the same command again continues there.
 """
 
@@ -57,7 +58,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     add("--smoothness", type=within(float, 0), help="weight (default: 1e-3; flow 2)")
     add("--reconstruction", choices=("paper", "release"), default="paper",
         help="paper: rectangles removed, L1 there; release: 7x7 patches removed, L1 everywhere")
-    add("--monodepth2", action="store_true", help="Monodepth2's start of depth and image border")
+    add("--monodepth2", action="store_true", help="depth starts at twice the nearest; views that leave a source see its border")
     datasets.add_clip_options(parser)
     datasets.add_loader_options(parser)
 
@@ -113,7 +114,7 @@ def check(args: Namespace) -> None:
         raise InputError(f"--min_depth {args.min_depth:g} is not below --max_depth {args.max_depth:g}")
     shares = args.learning_rate_drop
     if shares != sorted(shares) or len(shares) != len(args.learning_rate_factor):
-        raise InputError("--learning_rate_drop rises, and needs as many values as the factor")
+        raise InputError("--learning_rate_drop must rise and have as many values as --learning_rate_factor")
     networks.check_options(args)
 
 
@@ -226,7 +227,7 @@ class Objective(nn.Module):
     def reconstruction(self, jittered: Tensor, batch: dict) -> losses.Results:
         removed = batch["removed"]  # (B, 1, H, W)
         with self.autocast():
-            outputs = self.model(jittered[:, 0].masked_fill(removed, pictures.REMOVED_COLOUR))
+            outputs = self.model(jittered[:, 0].masked_fill(removed, batches.NEUTRAL))
         colours = [output.sigmoid() for output in outputs]
         everywhere = self.args.reconstruction == "release"
         return losses.reconstruction_loss(colours, batch["frames"][:, 0], removed, everywhere)

@@ -1,10 +1,10 @@
-"""Fine-tunes for semantic segmentation from any initialisation (Eq. 2), few-shot by default.
+"""Fine-tunes for semantic segmentation from any initialisation (Eq. 2), with few labels or all.
 
-    python train_seg.py                                            # the synthetic street
     python train_seg.py --data kitti --init runs/NAME --train_size 16
     python train_seg.py --data camvid --init runs/NAME --init_parts encoder --freeze_encoder
-    python train_seg.py --data kitti --init imagenet
+    python train_seg.py --height 64 --width 192 --batch_size 4 --steps 60 --learning_rate 2e-3
 
+Defaults are the paper's KITTI schedule; the last line is a short try on the synthetic street.
 Weights, options, log and scores go to runs/<name>/; the same command again continues there.
 """
 
@@ -40,7 +40,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split_seed", type=within(int, 0), default=0,
         help="seed of that draw; the evaluation images are always the same")
     add("--leave_out", nargs="+", default=[], metavar="NAME",
-        help="images that neither train nor evaluate, as 000018")
+        help="images to leave out of training and evaluation, e.g. 000018")
     add("--crop", type=within(int, 64, 8192), nargs=2, metavar=("H", "W"),
         help="random crops of the resized images (Cityscapes: 512 512)")
     add("--scale", type=within(float, 0.1, 10), nargs=2, metavar=("LOW", "HIGH"),
@@ -91,6 +91,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--freeze_encoder and --freeze_batch_norm_only: choose one")
     if args.scale is not None and args.crop is None:
         raise InputError("--scale needs --crop: scaled images differ in size")
+    if args.arch != "dpt" and args.dpt_layers != "spread":
+        raise InputError("--dpt_layers is for --arch dpt")
+    if args.schedule != "poly" and args.poly_power != parser.get_default("poly_power"):
+        raise InputError("--poly_power is for --schedule poly")
     args.name = args.name or default_name(args)
     networks.check_options(args)
     return args
@@ -218,7 +222,6 @@ def main() -> int:
     if args.calibrate_batch_norm:
         calibrate_batch_norm(model.encoder, train_set)
         pretraining += ", calibrated"
-
     optimizer = make_optimizer(args, model)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

@@ -41,8 +41,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except InputError as error:
-        line = str(error).strip().splitlines()[-1]  # a loader process adds its traceback above
-        print(f"error: {line.removeprefix('utils.InputError: ')}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough
         os._exit(128 + signal.SIGPIPE)
@@ -168,7 +167,7 @@ def processes() -> int:
 
 
 def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor, without gradient, over all processes."""
+    """The mean of a tensor, without gradient, over all processes, which wait for each other here."""
     if processes() > 1:
         value = value.detach().clone()
         dist.all_reduce(value)
@@ -258,11 +257,11 @@ class Run:
             self._lock()
         self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
         if not self.writes:
-            self.stops()  # all processes meet here: rank 0 puts the folder in order first
+            mean_over_processes(torch.zeros(()))  # waits for rank 0, which puts the folder in order
         self.checkpoint = read_last(self.path("last.pt"))
         self.record = (self.checkpoint or {}).get("record", {})  # the last one logged
         if self.writes:
-            self.stops()
+            mean_over_processes(torch.zeros(()))
         if args.resume and self.checkpoint is None:
             raise InputError(f"--resume: there is no {self.path('last.pt')}")
         if self.checkpoint is not None:

@@ -139,7 +139,8 @@ def fit(module: nn.Module, state: dict, name: str, path: str, heads: str = "that
     if POSITIONS in state and POSITIONS in module.state_dict():  # a table of any square grid will do
         resize_positions(module, state[POSITIONS])
     own = module.state_dict()
-    taken, problems = {}, []
+    taken = {}
+    problems = []
     for key, value in state.items():
         head = is_head(module, key)
         if key.startswith("encoder.fc.") or (head and heads == "none"):
@@ -200,7 +201,7 @@ def load_weights(
     if parts == "all" and "decoder" in state:
         taken.append(fit_decoder(model, state["decoder"], options, path, task))
         if source == "Depth Anything" and model.settings["dpt_layers"] == "spread":
-            taken.append("taken for version 2 (version 1 needs --dpt_layers last)")
+            taken.append("taken for version 2 (version 1: train_seg.py --dpt_layers last)")
     elif parts == "all" and source in ("depth2seg", "Monodepth2 folder"):
         raise InputError(f"{path} has no decoder: pass --init_parts encoder")
     else:

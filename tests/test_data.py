@@ -297,10 +297,10 @@ def test_cameras_of_turned_images(tmp_path):
     found = {}
     for folder in ("turned", "upright"):
         dataset = clips("frames", tmp_path / folder, "0 -1 1", "--fov", "60")
-        folders, shapes, _, start = datasets.find_cameras(dataset, 60.0)
-        assert [tuple(shape) for shape in shapes] == [(320, 240)]
-        assert len(folders) == 1
-        found[folder] = intrinsics(start[0])
+        cameras = datasets.find_cameras(dataset, 60.0)
+        assert [tuple(shape) for shape in cameras.shapes] == [(320, 240)]
+        assert len(cameras.folders) == 1
+        found[folder] = intrinsics(cameras.start[0])
     focal = 120 / np.tan(np.radians(30))
     assert found["turned"] == pytest.approx(found["upright"])
     assert found["turned"] == pytest.approx(
@@ -314,10 +314,10 @@ def test_learned_intrinsics_start_from_what_is_known(tmp_path):
         files = numbered("{}.jpg", range(3))
         make_data.write_frames(tmp_path / folder, files, f"{focal} {focal} 47.5 31.5")
     dataset = clips("frames", tmp_path, "0 1")
-    folders, _, given, start = datasets.find_cameras(dataset, None)
-    assert [os.path.basename(folder) for folder in folders] == ["one", "two"]
-    assert [float(K[0, 0]) for K in given] == [60, 75]
-    assert torch.equal(given, start)
+    cameras = datasets.find_cameras(dataset, None)
+    assert [os.path.basename(folder) for folder in cameras.folders] == ["one", "two"]
+    assert [float(K[0, 0]) for K in cameras.given] == [60, 75]
+    assert torch.equal(cameras.given, cameras.start)
     assert [float(K[0, 0]) for K in datasets.find_cameras(dataset, 90.0).start] == pytest.approx(
         [48, 48]
     )

@@ -4,6 +4,7 @@
     python -m pytest tests/test_data_batches.py -k cache
 """
 
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import make_data
 import numpy as np
 import pytest
 import torch
-from conftest import smooth_images, truncate
+from conftest import call, smooth_images, truncate
 from make_data import (
     assert_refused,
     clips,
@@ -27,6 +28,7 @@ import datasets
 import losses
 from batches import color_jitter, draw_jitter, draw_patches, train_batches
 from images import read_image, resize_depth
+from tools import check_data
 
 # ------------------------------------------------------------------------------------ the joint transform
 
@@ -277,6 +279,22 @@ def test_the_number_of_workers_changes_nothing(video):
         "frames", video, "--num_workers", "2", steps=6, crop=(64, 64)
     )
     assert_same_batches(reference, collect(more))
+
+
+@pytest.fixture
+def spawning():
+    """Processes start as on macOS, which hands over everything pickled."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(usual, force=True)
+
+
+def test_loader_processes_on_any_system(video, spawning):
+    reference = collect(options("frames", video, steps=2))
+    assert_same_batches(reference, collect(options("frames", video, "--num_workers", "2", steps=2)))
+    command = ("--data", "frames", "--data_path", video, "--fov", 60, "--num_workers", 2)
+    assert "10 samples" in call(check_data, *command, expect=0).out
 
 
 @pytest.mark.parametrize("start", (1, 5, 7))

@@ -339,6 +339,15 @@ $ tools/check_data.py --data frames --data_path video --frame_ids 0 x
 $ train_depth.py --task flow --monodepth2
 --monodepth2 ... flow
 
+$ train_seg.py --dpt_layers last
+--dpt_layers ... --arch dpt
+
+$ train_seg.py --poly_power 2
+--poly_power ... --schedule poly
+
+$ evaluate.py depth --weights depth.pt --data nyu --ground_truth z
+--ground_truth ... nyu
+
 $ train_depth.py --supervision depth --smoothness 0.1
 --smoothness ... depth
 

@@ -550,7 +550,7 @@ def test_one_kind_of_ground_truth_for_all_frames(tmp_path, use_model):
         ground_truth(root, number)
     scores, out = evaluate_depth(root, tmp_path, "--scale", "1", "--no_crop")
     assert scores["ground_truth"] == "z of groundtruth" and scores["images"] == 4
-    assert scores["by_image"][0]["pixels"] == 64 * 96
+    assert scores["by_image"][0]["pixels"] == 64 * 96 and "every measured pixel" in out
 
 
 def test_depth_without_any_ground_truth(tmp_path, use_model):
@@ -674,6 +674,10 @@ def test_seg_splits(tmp_path, use_model):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "args.json").write_text(json.dumps({"options": drawn}))
     assert images("--split", "train") == 3
+    elsewhere = {**drawn, "data_path": str(make_data.write_semantics(tmp_path / "elsewhere", 40))}
+    (tmp_path / "model" / "args.json").write_text(json.dumps({"options": elsewhere}))
+    words = ("seg", "--output", tmp_path, "--weights", tmp_path / "model")
+    assert images() == 15  # the run's own data, where no others are named
     truncate(tmp_path / "model" / "args.json", 0.5)
     assert_one_line(call(evaluate, *words), "args.json")
 

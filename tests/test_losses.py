@@ -418,7 +418,7 @@ def test_photometric_loss_is_monodepth2s():
 
 
 def test_photometric_loss_adds_up():
-    loss = PhotometricLoss(smoothness=0.5)
+    loss = PhotometricLoss(smoothness_weight=0.5)
     terms, views = loss(*video())
     assert_close(terms["loss"], terms["photometric"] + 0.5 * terms["smoothness"])
     trains = views["mask"].float()
@@ -436,7 +436,7 @@ def test_views_of_the_photometric_loss():
 
 def test_gradients_reach_every_scale_and_pose():
     arguments = video()
-    loss = PhotometricLoss(smoothness=0.0)
+    loss = PhotometricLoss(smoothness_weight=0.0)
     terms, _ = loss(*arguments)
     terms["loss"].backward()
     for leaf in leaves_of(arguments):

@@ -123,8 +123,6 @@ def run_forked(
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    # loader processes start as they do from the shell
-    multiprocessing.set_start_method("fork", force=True)
     if fixed_statistics:
         use_fixed_statistics()
     sys.argv = [script, *options]

@@ -317,7 +317,7 @@ HUGGING_FACE_FILES = [
     HuggingFaceFile("Dinov2ForImageClassification", SHAPE14, "DINOv2 ViT", "bicubic"),
     HuggingFaceFile("Dinov2WithRegistersModel", SHAPE14, "DINOv2 ViT", "timm"),
     HuggingFaceFile("ViTMAEForPreTraining", SHAPE16, "MAE ViT", "bicubic"),
-    HuggingFaceFile("ViTMAEModel", SHAPE16, "MAE ViT", "bicubic"),
+    HuggingFaceFile("ViTMAEModel", SHAPE16, "MAE or DINO ViT", "bicubic"),
     HuggingFaceFile("ViTForImageClassification", SHAPE16, "ViT (ImageNet)", "bicubic", HALF),
     HuggingFaceFile("ViTModel", SHAPE16, "ViT (ImageNet)", "bicubic", HALF),
 ]

@@ -87,7 +87,8 @@ def walk(dataset, inspect: Callable, workers: int, report: Report) -> list[dict]
     def inspect_some(indices: list[int]) -> list[dict]:
         return [inspect(dataset, index) for index in indices]
 
-    loader = DataLoader(range(len(dataset)), 8, num_workers=workers, collate_fn=inspect_some)
+    loader = DataLoader(range(len(dataset)), 8, num_workers=workers, collate_fn=inspect_some,
+                        multiprocessing_context="fork" if workers else None)  # the above does not pickle
     rows = []
     for some in tqdm(loader, desc="check", unit_scale=8, disable=None):
         for row in some:
