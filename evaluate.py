@@ -120,7 +120,7 @@ def add_seg_options(add: Callable) -> None:
     add("--split", choices=("train", "val", "test"), default="val",
         help="which images (train: those it was trained on)")
     add("--eval_mode", choices=("whole", "slide"),
-        help="resized images, or native ones through windows (default: as in training)")
+        help="whole images, or through windows of the crop's size (default: as in training)")
     add("--flip", action="store_true", help="average with the mirrored image")
     add("--output", help="folder for segmentation.json")
 

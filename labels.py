@@ -365,7 +365,10 @@ class KittiSemantics(Labelled):
 
 
 class CamVid(Labelled):
-    """CamVid in SegNet's layout, 11 classes: `train`, `val` and `test`, each with its `annot`."""
+    """CamVid in SegNet's layout, 11 classes: `train`, `val` and `test`, each with its `annot`.
+
+    What is asked of `val` is scored on `val` and, where it is there, on `test` together.
+    """
 
     classes = CAMVID_CLASSES
     colours = CAMVID_COLOURS
@@ -373,7 +376,10 @@ class CamVid(Labelled):
     splits = ("train", "val", "test")
 
     def list_pairs(self, root: str, split: str) -> list[tuple[str, str]]:
-        return pair_up(os.path.join(root, split), os.path.join(root, f"{split}annot"))
+        pairs = pair_up(os.path.join(root, split), os.path.join(root, f"{split}annot"))
+        if split == "val" and os.path.isdir(os.path.join(root, "test")):
+            pairs += self.list_pairs(root, "test")
+        return pairs
 
 
 class Cityscapes(Labelled):

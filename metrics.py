@@ -212,17 +212,9 @@ def window_starts(length: int, window: int) -> list[int]:
 
 
 def slide(forward: Callable, image: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-    """Logits (1, classes, H, W) of an image (1, 3, H, W), averaged over windows.
-
-    An image smaller than the window is enlarged first; the logits are then of that size.
-    """
+    """Logits (1, classes, H, W) of an image (1, 3, H, W) that is no smaller than its windows, averaged."""
     height, width = image.shape[2:]
     rows, columns = window
-    scale = max(rows / height, columns / width)
-    if scale > 1:
-        height = max(rows, round(scale * height))
-        width = max(columns, round(scale * width))
-        image = at_size(image, (height, width))
     total = None
     times = image.new_zeros(1, 1, height, width)
     for top in window_starts(height, rows):
@@ -246,7 +238,7 @@ def evaluate_segmentation(
 ) -> dict:
     """Scores of a segmenter over a data set, at the labels' native size; restores its mode.
 
-    window: (height, width) of sliding windows over native images; None: whole images, resized.
+    window: (height, width) of sliding windows over the resized images; None: these as a whole.
     flip: average with the mirrored image. Returns `segmentation_scores`, "images", "cross_entropy"
     in nats per pixel (the proxy of H(y|h), Eq. 3) and "release_miou" for the Cityscapes classes.
     """
@@ -270,8 +262,7 @@ def evaluate_segmentation(
         first = min(start, len(dataset) - size)  # the last batch, to be as large, looks back
         pairs = []
         for index in range(first, first + size):
-            pair = dataset.native(index) if window else dataset.load(index, native_label=True)
-            pairs.append(pair)
+            pairs.append(dataset.load(index, native_label=True))
         images = torch.stack([image for image, _ in pairs])
         images = images.to(device).float() / 255
         logits = slide(forward, images, window) if window else forward(images)

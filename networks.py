@@ -314,6 +314,16 @@ class PoseNet(nn.Module):
         return {"pose_encoder": self.encoder, "pose": self.decoder}
 
 
+def scale_translation(pose: dict, factor: float) -> dict:
+    """A pose decoder's state whose translations are `factor` times as long."""
+    scaled = dict(pose)
+    for key in ("net.3.weight", "net.3.bias"):  # rows: axis-angle and translation, for each prediction
+        rows = pose[key].clone().unflatten(0, (-1, 6))
+        rows[:, 3:] *= factor
+        scaled[key] = rows.flatten(0, 1)
+    return scaled
+
+
 class Intrinsics(nn.Module):
     """Learned intrinsics of each camera, for video without calibration (Section 5).
 

@@ -58,7 +58,8 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     add("--smoothness", type=within(float, 0), help="weight (default: 1e-3; flow 2)")
     add("--reconstruction", choices=("paper", "release"), default="paper",
         help="paper: rectangles removed, L1 there; release: 7x7 patches removed, L1 everywhere")
-    add("--monodepth2", action="store_true", help="depth starts at twice the nearest; views that leave a source see its border")
+    add("--monodepth2", action="store_true",
+        help="depth starts at twice the nearest; views that leave a source see its border")
     datasets.add_clip_options(parser)
     datasets.add_loader_options(parser)
 
@@ -243,7 +244,8 @@ def build(args: Namespace, device: torch.device) -> tuple[Objective, str]:
         disparity = losses.depth_to_disparity(middle, args.min_depth, args.max_depth)
         networks.set_head_bias(objective.model.decoder, math.log(disparity / (1 - disparity)))
     loaded = weights.load_weights(
-        objective.model, args.init, args.task, args.init_parts, objective.pose)
+        objective.model, args.init, args.task, args.init_parts,
+        pose=objective.pose, min_depth=args.min_depth)
     return objective.to(device).train(), loaded
 
 

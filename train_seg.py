@@ -48,7 +48,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--jitter", type=within(float, 0, 1), default=0.0,
         help="brightness, contrast, saturation vary by this share (Cityscapes: 0.5)")
     add("--eval_mode", choices=("whole", "slide"), default="whole",
-        help="evaluate resized images, or native ones through overlapping windows")
+        help="evaluate whole images, or through overlapping windows of the crop's size")
     datasets.add_loader_options(parser)
 
     add = parser.add_argument_group("network").add_argument

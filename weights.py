@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from encoders import POSITION_RULES, VITS
 from formats import POSITIONS, imagenet_checkpoint, read_file, recognise
-from networks import ARCHITECTURES, ATROUS_RATES, SETTINGS, Network, PoseNet, build, is_head
+from networks import (
+    ARCHITECTURES,
+    ATROUS_RATES,
+    SETTINGS,
+    Network,
+    PoseNet,
+    build,
+    is_head,
+    scale_translation,
+)
 from utils import InputError
 
 MONODEPTH2_FILES = {
@@ -181,14 +190,14 @@ def adopt_positions(model: Network, options: dict) -> None:
         model.settings.update(chosen)
 
 
-def load_weights(
-    model: Network, path: str, task: str, parts: str = "all", pose: PoseNet | None = None
-) -> str:
+def load_weights(model: Network, path: str, task: str, parts: str = "all",
+                 pose: PoseNet | None = None, min_depth: float | None = None) -> str:
     """Load a checkpoint ("none", "imagenet" or a path) into a model and say what was taken.
 
     task: of the model; the head of another task's checkpoint is not taken. parts: "encoder" leaves the
     decoder as it is; "all" demands both, unless the format has only an encoder. pose: loaded as well
-    where the checkpoint has one. Raises InputError naming the first mismatches.
+    where the checkpoint has one; its translations keep their ratio to depth, whose unit min_depth tells.
+    Raises InputError naming the first mismatches.
     """
     if path == "none":
         return "random weights"
@@ -210,7 +219,9 @@ def load_weights(
         taken.append(load_imagenet_pose(model, pose))
     elif pose is not None and "pose" in state:
         taken.append(fit(pose.encoder, state["pose_encoder"], "pose_encoder", path))
-        taken.append(fit(pose.decoder, state["pose"], "pose", path))
+        factor = min_depth / options["min_depth"] if min_depth else 1.0
+        decoder = scale_translation(state["pose"], factor)
+        taken.append(fit(pose.decoder, decoder, "pose", path))
     return f"{source}: " + ", ".join(taken)
 
 

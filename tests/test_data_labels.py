@@ -218,6 +218,16 @@ def test_nyu_that_was_not_unpacked(tmp_path):
     assert_refused("prepare_nyu", labelled, "nyu", tmp_path, "train", train=True)
 
 
+def test_camvid_is_scored_on_val_and_test_together(tmp_path):
+    """Where the folder is there; training never sees it."""
+    root = make_data.write_camvid(tmp_path)
+    make_data.write_camvid(tmp_path / "other", val=5)
+    for suffix in ("", "annot"):
+        shutil.copytree(tmp_path / "other" / f"val{suffix}", tmp_path / f"test{suffix}")
+    sizes = {split: len(labelled("camvid", root, split)) for split in ("train", "val", "test")}
+    assert sizes == {"train": 4, "val": 8, "test": 5}
+
+
 def test_a_split_that_is_not_there(tmp_path):
     """CamVid has a test split elsewhere; here the folder is absent, which is said."""
     root = make_data.write_camvid(tmp_path)

@@ -5,6 +5,7 @@ python -m pytest -q tests/test_tables.py
 
 import csv
 import json
+import math
 import re
 import shutil
 import sys
@@ -171,6 +172,14 @@ def test_claims_of_the_text(table1):
     assert np.allclose(np.mean(gains, 0), (6.2, 4.3), atol=0.05)  # not the text's 5.8 and 5.2
 
 
+def test_the_text_s_claims_are_paired_over_seeds(table1):
+    """ImageNet keeps the seed on which all are worse; Depth is still 2 above it."""
+    for seed in (1, 2):
+        shutil.rmtree(table1 / f"seg_imagenet_resnet18_unet_all_n16_seed{seed}")
+    text = make_tables(table1, "--tables", "table1")
+    assert "mIoU +2.00 (release's score +2.00), P.Acc +2.00 [+5.8 / +5.2" in text
+
+
 def test_figure_2_steps(table1):
     """ImageNet ends at 22 (ResNet18): None never gets there, the others do at the last of their steps."""
     text = make_tables(table1, "--tables", "fig2")
@@ -223,6 +232,9 @@ def test_training_scores_and_the_best_of_a_grid(tmp_path):
     assert best[3] == "25.0 [46.53]"
     assert best[-1] == "+13.0"  # against None, calibrated, at its best
     assert row_of(text, "Figure 4: frozen ResNet18", "1e-5", "Depth")[3] == "10.0"
+    write_run(tmp_path, "seg_depth_resnet18_unet_frozen_n16_seed1", 20.0)
+    best = row_of(make_tables(tmp_path), "Figure 4: frozen ResNet18", "best", "Depth")
+    assert best[2] == "2"  # a rate with fewer seeds is not compared
 
 
 def test_damaged_and_empty_folders(tmp_path):
@@ -402,6 +414,36 @@ def test_an_interrupted_night_has_its_seeds(claim_runs):
     row = ("The claim", "efficientnet_lite0", "Depth - ImageNet")
     assert row_of(text, *row, "mean of 3 label sets")[3] == "3"
     assert row_of(text, *row, "KITTI, 16 images")[3] == "4"
+
+
+def test_the_best_baseline_is_found_on_shared_seeds(claim_runs):
+    """Flow is above calibrated; with its best label sets missing it would not be."""
+    folder, _ = claim_runs
+    for data, images in (("camvid", 16), ("camvid", 64)):
+        for seed in (1, 2, 3):
+            name = f"{data}_seg_flow-encoder_efficientnet_lite0_unet_frozen_n{images}_seed{seed}"
+            shutil.rmtree(folder / name)
+    row = ("The claim", "efficientnet_lite0", "Depth-Rand - Flow (the best baseline)")
+    assert row_of(make_tables(folder), *row, "mean of 3 label sets")[3] == "1"
+    for data, images in LABEL_SETS.values():
+        name = f"{data}_seg_flow-encoder_efficientnet_lite0_unet_frozen_n{images}_seed0"
+        shutil.rmtree(folder / name)
+    assert "(the best baseline)" not in make_tables(folder)  # rather than the other of the two
+
+
+def test_runs_of_a_follow_up_come_last(claim_runs):
+    folder, _ = claim_runs
+    write_run(folder, "kitti_seg_jigsaw-encoder_efficientnet_lite0_unet_frozen_n16_seed0", 33.0)
+    for name in ("mine", "jigsaw_efficientnet_lite0_seed0"):
+        run = write_run(folder, name, 0.0)
+        (run / "depth.json").write_text(json.dumps({"abs_rel": 0.5}))  # without a constant picture
+    text = make_tables(folder)
+    title = "Every row: efficientnet_lite0"
+    assert row_of(text, title, "KITTI, 16 images, frozen", "jigsaw, encoder only")[2] == "1"
+
+
+def test_a_score_that_is_no_number_is_no_result():
+    assert math.isnan(claim.estimate([1.0, math.nan, 2.0]).p)
 
 
 # ------------------------------------------------------------------------------------ figures and the page

@@ -281,7 +281,10 @@ def test_exported_networks_say_the_same(runs, tmp_path, kind, form, options):
 
 @pytest.mark.parametrize("kind", ("mono", "stereo", "mono+stereo", "depth"))
 def test_monodepth2_folder_loads_back(runs, tmp_path, kind):
-    """The same depth and motion, in metres where they were; Monodepth2's stereo unit is 5.4 m."""
+    """The same depth and motion, in metres where they were; Monodepth2's stereo unit is 5.4 m.
+
+    A training in metres that starts from the folder has motion in metres.
+    """
     unit = 5.4 if "stereo" in kind else 1.0
     source = runs.pretrained(kind)
     folder = tmp_path / "folder"
@@ -309,12 +312,15 @@ def test_monodepth2_folder_loads_back(runs, tmp_path, kind):
             turned_again, moved_again = load_pose(str(folder)).eval()(*pair)
         torch.testing.assert_close(turned_again, turned)
         torch.testing.assert_close(unit * moved_again, moved)
+        with torch.inference_mode():
+            _, in_metres = load_pose(str(folder), options["min_depth"]).eval()(*pair)
+        torch.testing.assert_close(in_metres, moved)
 
 
-def load_pose(path: str) -> torch.nn.Module:
+def load_pose(path: str, min_depth: float | None = None) -> torch.nn.Module:
     pose = networks.PoseNet("resnet18")
     depth = networks.build("unet", "resnet18", 1, (0, 1, 2, 3))
-    weights.load_weights(depth, path, "depth", pose=pose)
+    weights.load_weights(depth, path, "depth", pose=pose, min_depth=min_depth)
     return pose
 
 

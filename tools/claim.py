@@ -46,7 +46,7 @@ def student_p(t: float, freedom: int) -> float:
     inside = math.sin(angle) * total
     if odd:
         inside = 2 / math.pi * (angle + inside)
-    return max(0.0, 1 - inside)
+    return max(1 - inside, 0.0)  # nan stays nan
 
 
 def student_quantile(freedom: int, share: float = 0.95) -> float:
@@ -118,7 +118,10 @@ class Claim:
 
     def __init__(self, runs: list[FinishedRun]):
         self.cells = {}
-        self.pretrainings = [run for run in runs if run.depth]
+        # depth networks named as run_all.sh names them, scored beside a constant picture
+        self.pretrainings = [
+            run for run in runs if "_" in run.stem and "constant" in (run.depth or ())
+        ]
         for run in runs:
             match = NAME.fullmatch(run.name)
             if match and run.segments:
@@ -137,9 +140,8 @@ class Claim:
 
     def inits(self, network: str, labels: str, tuned: str) -> list[str]:
         """Pre-trainings with a run, in the order of tables."""
-        known = list(PRETRAININGS)
         found = [key[3] for key in self.cells if key[:3] == (network, labels, tuned)]
-        return sorted(found, key=lambda init: (known.index(init.removesuffix("-encoder")), init))
+        return sorted(found, key=lambda init: (place_of(init.removesuffix("-encoder")), init))
 
     def differences(
         self, network: str, label_sets: list[str], left: str, right: str, tuned: str = "frozen"
@@ -158,22 +160,46 @@ class Claim:
             for seed in sorted(seeds or ())
         }
 
-    def best(self, network: str, inits: tuple[str, ...], tuned: str = "frozen") -> str:
-        """The pre-training with the highest mean over label sets."""
+    def best(self, network: str, inits: tuple[str, ...], tuned: str) -> str | None:
+        """The pre-training with the highest mean over label sets, on the seeds that all have; None without any."""
+        if len(inits) == 1:
+            return inits[0]
+        cells = {
+            init: [self.cell(network, labels, tuned, init) for labels in self.label_sets]
+            for init in inits
+        }
+        everything = [set(cell) for row in cells.values() for cell in row]
+        shared = set.intersection(*everything)
 
         def mean(init: str) -> float:
-            scores = [
-                score(run)
-                for labels in self.label_sets
-                for run in self.cell(network, labels, tuned, init).values()
-            ]
-            return float(np.mean(scores)) if scores else -math.inf
+            return float(np.mean([score(cell[seed]) for cell in cells[init] for seed in shared]))
 
-        return max(inits, key=mean)
+        return max(inits, key=mean) if shared else None
+
+    def contrast(
+        self,
+        network: str,
+        label_sets: list[str],
+        left: str,
+        rights: tuple[str, ...],
+        tuned: str = "frozen",
+    ) -> tuple[str, Estimate]:
+        """The name of left - the best of `rights`, and its estimate, of 0 seeds where runs are missing."""
+        right = self.best(network, rights, tuned)
+        if right is None:
+            return "", estimate([])
+        differences = self.differences(network, label_sets, left, right, tuned)
+        return contrast_name(left, right, rights), estimate(differences.values())
 
 
 def score(run: FinishedRun) -> float:
     return run.result["miou"]
+
+
+def place_of(pretraining: str) -> int:
+    """Its place in a table; a follow-up's own come last."""
+    known = list(PRETRAININGS)
+    return known.index(pretraining) if pretraining in known else len(known)
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -230,20 +256,13 @@ def contrast_table(claim: Claim) -> Table:
     rows = []
     together = f"mean of {len(claim.label_sets)} label sets"
     for network in claim.networks:
-        pooled = []
-        for left, rights in CONTRASTS:
-            right = claim.best(network, rights)
-            pooled.append(
-                estimate(claim.differences(network, claim.label_sets, left, right).values())
-            )
-        corrected = holm([value.p for value in pooled])
-        for (left, rights), value, p in zip(CONTRASTS, pooled, corrected):
-            right = claim.best(network, rights)
-            name = contrast_name(left, right, rights)
+        pooled = [claim.contrast(network, claim.label_sets, *sides) for sides in CONTRASTS]
+        corrected = holm([value.p for _, value in pooled])
+        for sides, (name, value), p in zip(CONTRASTS, pooled, corrected):
             tests = [p_text(value.p), p_text(p)] if network == NETWORK else ["", ""]
             rows.append([network, name, together, str(value.seeds), value.text(sign="+"), *tests])
             for labels in claim.label_sets:
-                each = estimate(claim.differences(network, [labels], left, right).values())
+                _, each = claim.contrast(network, [labels], *sides)
                 rows.append([network, name, labels, str(each.seeds), each.text(sign="+"), "", ""])
     rows = [row for row in rows if row[3] != "0"]
     header = [
@@ -270,10 +289,7 @@ def other_contrast_table(claim: Claim) -> Table:
             part = "whole network" if whole else "encoder only"
             for left, rights in CONTRASTS:
                 left, *rights = (elsewhere(init, tuned, whole) for init in (left, *rights))
-                right = claim.best(network, rights, tuned)
-                found = claim.differences(network, claim.label_sets, left, right, tuned)
-                name = contrast_name(left, right, rights)
-                value = estimate(found.values())
+                name, value = claim.contrast(network, claim.label_sets, left, rights, tuned)
                 rows.append(
                     [network, f"{tuned}, {part}", name, str(value.seeds), value.text(sign="+")]
                 )
@@ -311,9 +327,8 @@ def depth_table(claim: Claim) -> Table:
         kind, network = run.stem.split("_", 1)
         groups.setdefault((network, kind), []).append(run)
     rows = []
-    order = list(PRETRAININGS)
     for (network, kind), members in sorted(
-        groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))
+        groups.items(), key=lambda item: (item[0][0], place_of(item[0][1]))
     ):
         ours = estimate([run.depth["abs_rel"] for run in members])
         constant = np.mean([run.depth["constant"]["abs_rel"] for run in members])

@@ -106,21 +106,11 @@ def save_monodepth2(folder: str, parts: dict, options: dict) -> None:
     if "pose" in parts:
         unit = MONODEPTH2_UNIT if stereo and options.get("metric") else 1.0
         files["pose_encoder"] = parts["pose_encoder"]
-        files["pose"] = scale_translation(parts["pose"], 1 / unit)
+        files["pose"] = networks.scale_translation(parts["pose"], 1 / unit)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         path = str(Path(folder) / f"{name}.pth")
         write_atomically(path, partial(torch.save, content))
-
-
-def scale_translation(pose: dict, factor: float) -> dict:
-    """A pose decoder whose translations are `factor` times as long."""
-    scaled = dict(pose)
-    for key in ("net.3.weight", "net.3.bias"):  # rows: axis-angle and translation, for each prediction
-        rows = pose[key].clone().unflatten(0, (-1, 6))
-        rows[:, 3:] *= factor
-        scaled[key] = rows.flatten(0, 1)
-    return scaled
 
 
 def parse_options(argv: list[str] | None = None) -> Namespace:

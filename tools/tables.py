@@ -138,7 +138,7 @@ depth             Depth             -  50.20/76.39
 
 [fig4] Figure 4: frozen ResNet18, by learning rate
 = 1e-5: seg_{}_resnet18_unet_frozen_n16_lr1e-5
-= 1e-4: seg_{}_resnet18_unet_frozen_n16
+= as in Table 1: seg_{}_resnet18_unet_frozen_n16
 = 1e-3: seg_{}_resnet18_unet_frozen_n16_lr1e-3
 = 1e-2: seg_{}_resnet18_unet_frozen_n16_lr1e-2
 = best: best
@@ -150,7 +150,7 @@ depth             Depth             -  -  -  -  46.53/74.42
 
 [fig4] Figure 4: frozen ResNet50, by learning rate
 = 1e-5: seg_{}_resnet50_unet_frozen_n16_lr1e-5
-= 1e-4: seg_{}_resnet50_unet_frozen_n16
+= as in Table 1: seg_{}_resnet50_unet_frozen_n16
 = 1e-3: seg_{}_resnet50_unet_frozen_n16_lr1e-3
 = 1e-2: seg_{}_resnet50_unet_frozen_n16_lr1e-2
 = best: best
@@ -161,11 +161,11 @@ depthrand         Depth-Rand
 depth             Depth             -  -  -  -  46.55/74.48
 
 [fig5] Figure 5: pre-trained at one size, fine-tuned at another, ResNet18 (small to large diverges in the paper)
-= 640x192: seg_{}_resnet18_unet_all_n16
-= 1024x320: seg_{}_resnet18_unet_all_n16_large
+= small images: seg_{}_resnet18_unet_all_n16
+= large images: seg_{}_resnet18_unet_all_n16_large
 imagenet      ImageNet              45.15/72.39
-depth         Depth at 640x192      50.20/76.39
-large         Depth at 1024x320     48.54/-
+depth         Depth on small images 50.20/76.39
+large         Depth on large images 48.54/-
 
 [fig7] Figure 7: depth and flow, ResNet18
 = all: seg_{}_resnet18_unet_all_n16
@@ -244,7 +244,7 @@ def find_cells(layout: Layout, runs: list[FinishedRun]) -> dict[tuple[str, str],
         for column, pattern in layout.columns.items():
             if pattern == "best":
                 found = [cells[other, init] for other in layout.columns if (other, init) in cells]
-                cells[column, init] = max(found, key=lambda cell: (bool(cell), mean_of(cell)))
+                cells[column, init] = max(found, key=lambda cell: (len(cell), mean_of(cell)))
             else:
                 cells[column, init] = find_cell(stems, pattern, init)
     return cells
@@ -356,7 +356,10 @@ def claims(cells: dict[tuple[str, str], Cell]) -> list[str]:
 
 
 def difference(left: Cell, right: Cell) -> np.ndarray:
-    """Of the means of mIoU, the release's score and pixel accuracy."""
+    """Of the means of mIoU, the release's score and pixel accuracy over the seeds that both have."""
+    shared = left.keys() & right.keys()
+    left = {seed: left[seed] for seed in shared}
+    right = {seed: right[seed] for seed in shared}
     keys = ("miou", "release_miou", "pixel_accuracy")
     return np.array([mean_of(left, key) - mean_of(right, key) for key in keys])
 
