@@ -361,6 +361,9 @@ def check_fit(args: argparse.Namespace, samples: int, size: Size) -> None:
     if crop and (crop[0] > size[0] or crop[1] > size[1]):
         raise InputError(f"--crop {crop[0]} {crop[1]} is larger than the image "
                          f"({size[0]} x {size[1]})")
+    scale = getattr(args, "scale", None)
+    if scale and scale[0] > scale[1]:
+        raise InputError(f"--scale LOW HIGH: {scale[0]:g} is above {scale[1]:g}")
 
 
 def on_device(dataset: Samples, device: torch.device) -> dict[str, tuple] | None:
@@ -534,9 +537,15 @@ class Cache:
         new = f"{self.folder}.new"
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
-        array = np.lib.format.open_memmap(
-            os.path.join(new, f"{self.kind}.npy"), "w+", dtype=example.numpy().dtype,
-            shape=(len(index), *example.shape))
+        path = os.path.join(new, f"{self.kind}.npy")
+        try:
+            array = np.lib.format.open_memmap(
+                path, "w+", dtype=example.numpy().dtype, shape=(len(index), *example.shape))
+            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError as error:
+            raise InputError(f"the cache {self.folder}: {error.strerror}") from None
         if count:
             array[:count] = self.open_array().numpy()
         self.decode(missing, index, array)

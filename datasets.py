@@ -676,8 +676,9 @@ def find_other_camera(label: str, by_label: dict[str, Sequence]) -> tuple[Sequen
     for left, right in STEREO_WORDS:
         for here, there, sign in ((left, right, -1), (right, left, 1)):
             before, word, after = label.lower().rpartition(here)
-            if word and before + there + after in by_label:
-                return by_label[before + there + after], sign
+            for other in (before + there + after, label.lower().replace(here, there)):
+                if word and other in by_label:  # the word stands in the file's name alone, or above, too
+                    return by_label[other], sign
     return None, 0
 
 

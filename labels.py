@@ -149,6 +149,7 @@ class Labelled(Samples):
         if leave_out:
             everything = self.list_pairs(root, "train") + self.list_pairs(root, "val")
             pairs = leave_images_out(pairs, leave_out, everything)
+            check_pairs(pairs, f"--leave_out leaves no image for {split}")
         if split == "train" and train_size is not None:
             if not 1 <= train_size <= len(pairs):
                 raise InputError(f"--train_size {train_size}: there are 1 to {len(pairs)} images "

@@ -328,6 +328,9 @@ def find_trouble(terms: dict, views: dict) -> dict[str, str]:
     if masked > 0.8:
         trouble["masked"] = (f"{masked:.0%} of the pixels do not train: does the camera stand still? "
                              "Do the sources show what the target shows?")
+    if "measured" in views and not views["measured"].any():
+        trouble["measured"] = ("no measured depth lies between --min_depth and --max_depth: "
+                               "is --depth_scale right?")
     if "depth" in views:
         disparity = 1 / views["depth"].flatten(1)
         if float((disparity.std(1) / disparity.mean(1)).mean()) < 0.02:

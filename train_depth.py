@@ -35,8 +35,8 @@ RANGES = {"mono": (0.1, 100.0), "stereo": (0.54, 540.0), "mono+stereo": (0.54, 5
 # what reads an option that not everything reads: see kind_of
 READ_BY = {"supervision": RANGES, "min_depth": RANGES, "max_depth": RANGES, "monodepth2": RANGES,
            "smoothness": ("mono", "stereo", "mono+stereo", "flow"),
-           "intrinsics": ("mono",),
-           "reconstruction": ("reconstruction",)}
+           "baseline": ("stereo", "mono+stereo"), "intrinsics": ("mono",),
+           "depth_scale": ("depth",), "reconstruction": ("reconstruction",)}
 
 
 # ---- options -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python -m pytest tests/test_data_batches.py -k cache
 """
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -593,6 +594,17 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     nothing_free = shutil._ntuple_diskusage(10, 10, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: nothing_free)
     assert_refused("cache.*free|free.*cache", cached, root, tmp_path / "cache")
+
+
+def test_a_disk_that_another_process_fills_is_one_line(tmp_path, monkeypatch):
+    """Room is taken before decoding: a memory map that finds none later ends without a word."""
+    root = make_data.write_frames(tmp_path / "video", numbered("{}.jpg", range(6)))
+
+    def no_room(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    assert_refused("cache.*No space left", cached, root, tmp_path / "cache")
 
 
 def test_a_cache_of_broken_files_fails_as_the_files_do(tmp_path):

@@ -130,6 +130,8 @@ def test_images_that_are_left_out(tmp_path):
         rest = labelled("kitti", root, split, train=split == "train", leave_out=[name]).pairs
         assert rest == [pair for pair in everything if name not in pair[0]]
     assert_refused("nowhere", labelled, "kitti", root, "train", train=True, leave_out=["nowhere"])
+    everyone = [Path(image).stem for image, _ in labelled("kitti", root, "val").pairs]
+    assert_refused("--leave_out", labelled, "kitti", root, "val", leave_out=everyone)
 
 
 # ------------------------------------------------------------------------------------ layouts

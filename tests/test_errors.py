@@ -342,6 +342,15 @@ $ train_depth.py --task flow --monodepth2
 $ train_seg.py --dpt_layers last
 --dpt_layers ... --arch dpt
 
+$ train_seg.py --data kitti --data_path labels --crop 64 64 --scale 2 0.5
+--scale ... 2 is above 0.5
+
+$ train_depth.py --data frames --data_path video --fov 60 --depth_scale 256
+--depth_scale ... depth
+
+$ train_depth.py --data frames --data_path video --fov 60 --baseline 0.1
+--baseline ... stereo
+
 $ train_seg.py --poly_power 2
 --poly_power ... --schedule poly
 

@@ -165,6 +165,8 @@ def test_trouble_is_named():
         (half, {"depth": torch.full_like(depth, 5), "poses": moving}, {"depth"}),
         ({"masked": torch.tensor(0.9)}, {"depth": depth}, {"masked"}),
         ({"loss": torch.tensor(1.0)}, {}, set()),
+        ({}, {"depth": depth, "measured": depth > 9}, set()),
+        ({}, {"depth": depth, "measured": depth > 10}, {"measured"}),
     ):
         assert metrics.find_trouble(terms, views).keys() == expected
 

@@ -87,9 +87,10 @@ def save_monodepth2(folder: str, parts: dict, options: dict) -> None:
 
     Monodepth2 knows two depth ranges, with and without stereo; any other is added to encoder.pth.
     """
-    if options["task"] != "depth" or options["arch"] != "unet":
-        what = f"{options['task']} by {options['arch']}"
-        raise InputError(f"--format monodepth2 is for depth by the U-Net, this is {what}")
+    on_resnet = options["arch"] == "unet" and options["encoder"].startswith("resnet")
+    if options["task"] != "depth" or not on_resnet:
+        what = f"{options['task']} by {options['arch']} on {options['encoder']}"
+        raise InputError(f"--format monodepth2 is for depth by the U-Net on a ResNet, this is {what}")
     depth_range = options["min_depth"], options["max_depth"]
     stereo_range = tuple(MONODEPTH2_UNIT * limit for limit in MONODEPTH2_RANGE)
     stereo = bool(options.get("use_stereo")) or depth_range == stereo_range
