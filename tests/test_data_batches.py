@@ -14,6 +14,7 @@ import make_data
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import call, smooth_images, truncate
 from make_data import (
     assert_refused,
@@ -26,9 +27,10 @@ from make_data import (
 )
 
 import datasets
+import labels
 import losses
 from batches import color_jitter, draw_jitter, draw_patches, train_batches
-from images import read_image, resize_depth
+from images import read_image, resize_depth, resize_intrinsics
 from tools import check_data
 
 # ------------------------------------------------------------------------------------ the joint transform
@@ -60,6 +62,21 @@ def test_resized_depth_keeps_measured_values(size):
     assert (resized > 0).sum() == len(
         set(zip(new_rows.tolist(), new_columns.tolist()))
     )
+
+
+@pytest.mark.parametrize("size", ((94, 310), (32, 96), (47, 155), (96, 320)))
+def test_resized_depth_lies_where_intrinsics_put_it(size):
+    """A measurement moves as resize_intrinsics moves pixels, to the nearest one."""
+    generator = np.random.default_rng(0)
+    move = resize_intrinsics(np.eye(3), (94, 310), size)
+    for _ in range(50):
+        row, column = generator.integers((94, 310))
+        depth = np.zeros((94, 310), np.float32)
+        depth[row, column] = 7
+        (new_row,), (new_column,) = resize_depth(depth, *size).nonzero()
+        x, y, _ = move @ (column, row, 1)
+        assert abs(new_column - x) <= 0.5 + 1e-9
+        assert abs(new_row - y) <= 0.5 + 1e-9
 
 
 def write_marked_scene(root, K, height: int, width: int) -> None:
@@ -210,6 +227,17 @@ def test_only_rows_between_two_shares_of_the_height_supervise(tmp_path):
     assert [float(again.read(i)["depth"].mean()) for i in range(5)] == found
 
 
+def test_shuffled_depth_is_of_another_moment(tmp_path):
+    """Of neither camera: the other one's depth of the same moment would be nearly right."""
+    root = make_data.write_kitti(tmp_path)
+    for seed in range(5):
+        dataset = clips("kitti", root, "0", "--shuffle_depth", seed, with_depth=True)
+        for sample in dataset.samples:
+            _, number = sample["moment"]
+            _, points, *_ = sample["depth"]
+            assert int(Path(points).stem) != number
+
+
 # ------------------------------------------------------------------------------------ batches
 
 
@@ -296,6 +324,14 @@ def test_loader_processes_on_any_system(video, spawning):
     assert_same_batches(reference, collect(options("frames", video, "--num_workers", "2", steps=2)))
     command = ("--data", "frames", "--data_path", video, "--fov", 60, "--num_workers", 2)
     assert "10 samples" in call(check_data, *command, expect=0).out
+
+
+def test_too_little_shared_memory_is_refused(video, monkeypatch):
+    nothing_free = shutil._ntuple_diskusage(10, 10, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: nothing_free)
+    args = options("frames", video, "--num_workers", "2")
+    assert_refused("/dev/shm.*--num_workers 2 needs.*--shm-size", collect, args)
+    assert len(collect(options("frames", video))) == 4
 
 
 @pytest.mark.parametrize("start", (1, 5, 7))
@@ -427,6 +463,28 @@ def test_removed_pixels(kind, low, high):
     assert not torch.equal(mask, draw_patches(shape, 0, 6, kind))
 
 
+def opened(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """What rectangles of this size that fit into a mask (B, 1, H, W) cover: its opening."""
+    size = (height, width)
+    holds = 1 - F.max_pool2d(1 - mask.float(), size, 1)
+    grown = F.pad(holds, (width - 1, width - 1, height - 1, height - 1))
+    return F.max_pool2d(grown, size, 1).bool()
+
+
+def test_shapes_of_removed_pixels():
+    """Squares of 7x7, 0.1 to 1 % in all; rectangles of at least a tenth of each side."""
+    shape = (64, 3, 96, 160)
+    squares = draw_patches(shape, 0, 5, "patches")
+    assert torch.equal(opened(squares, 7, 7), squares)
+    shares = squares.float().mean((1, 2, 3))
+    one = 49 / (96 * 160)
+    assert 0.99 * one < shares.min() < 0.005
+    assert 0.006 < shares.max() <= 0.01 + one
+    rectangles = draw_patches(shape, 0, 5, "rectangles")
+    assert torch.equal(opened(rectangles, 9, 16), rectangles)
+    assert rectangles.float().mean((1, 2, 3)).max() > 0.3
+
+
 # ------------------------------------------------------------------------------------ the cache
 
 
@@ -512,17 +570,35 @@ def test_shuffled_and_cut_depth_from_the_cache(tmp_path):
         assert_same_samples(plain, copy)
 
 
-def test_labelled_images_from_the_cache(tmp_path):
-    """The same bits; a label that changes is read again."""
+def test_labelled_images_from_the_cache(tmp_path, monkeypatch):
+    """Of a set too large for the memory: the same bits; a label that changes is read again."""
     root = make_data.write_semantics(tmp_path / "data", count=6)
     cache = str(tmp_path / "cache")
+    monkeypatch.setattr(labels, "IN_MEMORY", 0)
     for _ in range(3):
-        plain = labelled("kitti", root, "train")
-        copy = labelled("kitti", root, "train", cache=cache)
+        plain = labelled("kitti", root, "train", train=True)
+        copy = labelled("kitti", root, "train", train=True, cache=cache)
+        assert plain.arrays is None
+        assert copy.arrays is not None
         assert_same_samples(plain, copy)
-        make_data.write_array(
-            plain.pairs[0][1], make_data.blocks((7, 23), 64, 96)
-        )
+        make_data.write_array(plain.pairs[0][1], make_data.blocks((7, 23), 64, 96))
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_large_labelled_sets_are_read_while_training(tmp_path, monkeypatch, workers):
+    root = make_data.write_semantics(tmp_path, count=8)
+    args = options("kitti", root, "--num_workers", workers)
+
+    def seen() -> list[dict]:
+        data = labelled("kitti", root, "train", train=True)
+        found = list(train_batches(data, args, 0, CPU))
+        for batch in found:
+            batch.pop("waited")
+        return found
+
+    reference = seen()
+    monkeypatch.setattr(labels, "IN_MEMORY", 0)
+    assert_same_batches(reference, seen())
 
 
 def stop_after(monkeypatch, count: int) -> None:

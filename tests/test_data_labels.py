@@ -17,6 +17,7 @@ from conftest import call, truncate
 from make_data import assert_refused, labelled, options
 from PIL import Image
 
+import batches
 from batches import train_batches
 from tools import check_data
 from utils import IGNORE, InputError
@@ -132,6 +133,37 @@ def test_images_that_are_left_out(tmp_path):
     assert_refused("nowhere", labelled, "kitti", root, "train", train=True, leave_out=["nowhere"])
     everyone = [Path(image).stem for image, _ in labelled("kitti", root, "val").pairs]
     assert_refused("--leave_out", labelled, "kitti", root, "val", leave_out=everyone)
+
+
+@pytest.mark.parametrize("scale", ((0.5, 0.5), (2, 2), (0.5, 2)))
+def test_image_and_label_are_scaled_together(tmp_path, scale):
+    """Where an image does not fill its crop, it is neutral and ignored."""
+    root = make_data.write_semantics(tmp_path, count=12)
+    bright = np.zeros((64, 96), bool)
+    bright[10:40, 30:70] = True
+    for path in Path(root, "training", "semantic").iterdir():
+        make_data.write_array(path, np.where(bright, 26, 7).astype(np.uint8))
+        picture = np.repeat(255 * bright[..., None], 3, 2).astype(np.uint8)
+        make_data.write_array(str(path).replace("semantic", "image_2"), picture)
+    extra = {"crop": (64, 64), "scale": scale, "batch_size": 3, "steps": 4}
+    data = labelled("kitti", root, "train", train=True, **extra)
+    padded = []
+    for batch in train_batches(data, options("kitti", root, **extra), 0, torch.device("cpu")):
+        grey = batch["image"].mean(1)
+        label = batch["label"]
+        outside = label == IGNORE
+        neutral = torch.full_like(grey[outside], batches.NEUTRAL)
+        torch.testing.assert_close(grey[outside], neutral)
+        expected = torch.where(grey > 0.5, 13, 0)
+        wrong = (label != expected) & ~outside
+        assert wrong.float().mean() < 0.01
+        padded += outside.float().mean((1, 2)).tolist()
+    if scale[1] == 0.5:
+        assert padded == [1 - 32 * 48 / 64**2] * 12
+    elif scale[0] == 2:
+        assert padded == [0] * 12
+    else:
+        assert len(set(padded)) > 3
 
 
 # ------------------------------------------------------------------------------------ layouts

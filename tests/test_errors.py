@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ from conftest import (
 )
 
 import networks
+import utils
 
 TINY = "--height 64 --width 64 --batch_size 1 --steps 1 --num_workers 0"
 
@@ -579,6 +580,19 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, command, line):
     new = set(os.listdir()) - made
     assert "executed" not in new  # by the pickle
     assert not list(Path().glob("**/model.pt"))
+
+
+@pytest.mark.parametrize("error, code", ((KeyboardInterrupt, 130), (BrokenPipeError, 141)))
+def test_exit_codes_of_other_scripts(monkeypatch, error, code):
+    """Ctrl-C, and a closed pipe as in `| head`."""
+    def main():
+        raise error
+
+    def leave(number):
+        raise SystemExit(number)
+
+    monkeypatch.setattr(utils.os, "_exit", leave)
+    call(SimpleNamespace(__name__="script", main=main), expect=code)
 
 
 # ------------------------------------------------------------ options of every script

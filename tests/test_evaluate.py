@@ -1,5 +1,6 @@
 """The commands of evaluate.py on networks with a known answer: scores, files, refusals."""
 
+import argparse
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from conftest import (
     write_image,
     write_png,
 )
+from make_data import clips, names
 from PIL import Image
 from test_metrics import CPU, ColourClassifier
 from torch import nn
@@ -553,6 +555,47 @@ def test_one_kind_of_ground_truth_for_all_frames(tmp_path, use_model):
     assert scores["by_image"][0]["pixels"] == 64 * 96 and "every measured pixel" in out
 
 
+def test_each_split_of_kitti_for_its_purpose(tmp_path, monkeypatch, use_model):
+    """Training reads Eigen and Zhou's training split, evaluation Eigen's test split."""
+    use_model("model", Brightness(), options("depth"))
+    root = make_data.write_kitti(tmp_path / "kitti")
+    for number, split in enumerate(("eigen_zhou_train", "eigen_zhou_val", "eigen_test")):
+        make_data.write_text(tmp_path / "splits" / f"{split}.txt", f"{make_data.DRIVE} {number} l\n")
+    monkeypatch.setattr(datasets, "SPLITS", str(tmp_path / "splits"))
+    assert names(clips("kitti", root)) == [["0000000000.png"]]
+    assert names(clips("kitti", root, "0", "--split", "val")) == [["0000000001.png"]]
+    scores, _ = evaluate_depth(root, tmp_path)
+    assert [Path(row["image"]).name for row in scores["by_image"]] == ["0000000002.png"]
+
+
+def test_the_published_ground_truth(tmp_path):
+    """Forward distance from the scanner, half a metre behind the camera, one pixel up and left."""
+    root = make_data.write_kitti(tmp_path / "kitti")
+    text = "R: 0 -1 0 0 0 -1 1 0 0\nT: 0 0 -0.5\n"
+    make_data.write_text(f"{root}/2011_09_26/calib_velo_to_cam.txt", text)
+    args = argparse.Namespace(data="kitti", data_path=root, drives=None)
+    found = {}
+    for truth in ("z", "velodyne_x"):
+        _, _, frames = evaluate.find_measured(args, (0, 1), truth)
+        (_, read), *_ = frames
+        depth = read()
+        rows, columns = depth.nonzero()
+        found[truth] = sorted(zip(depth[rows, columns].round(3), rows, columns))
+    assert [value for value, _, _ in found["z"]] == [9.5, 19.5]
+    assert [value for value, _, _ in found["velodyne_x"]] == [10, 20]
+    for (_, row, column), (_, above, left) in zip(found["z"], found["velodyne_x"]):
+        assert (above, left) == (row - 1, column - 1)
+
+
+def test_the_range_that_is_evaluated(tmp_path, use_model):
+    """Points at 10 and 20 m."""
+    use_model("model", Brightness(), options("depth"))
+    root = make_data.write_kitti(tmp_path / "kitti")
+    for limits, count in ((("--max_eval", 15), 1), (("--min_eval", 15), 1), ((), 2)):
+        scores, _ = evaluate_depth(root, tmp_path, *limits, "--frames", "0:1")
+        assert scores["by_image"][0]["pixels"] == count
+
+
 def test_depth_without_any_ground_truth(tmp_path, use_model):
     use_model("model", Brightness(), options("depth"))
     root = make_data.write_kitti(tmp_path)
@@ -680,6 +723,33 @@ def test_seg_splits(tmp_path, use_model):
     assert images() == 15  # the run's own data, where no others are named
     truncate(tmp_path / "model" / "args.json", 0.5)
     assert_one_line(call(evaluate, *words), "args.json")
+
+
+def test_seg_passes_its_options_on(tmp_path, monkeypatch, use_model):
+    use_model("model", ColourClassifier(), options("segmentation"))
+    root = make_data.write_semantics(tmp_path / "data", 12)
+    passed = []
+
+    def record(model, dataset, device, window, flip):
+        passed.append((window, flip))
+        raise InputError("enough")
+
+    monkeypatch.setattr(evaluate, "evaluate_segmentation", record)
+    for more in ((), ("--flip",), ("--eval_mode", "slide")):
+        call(evaluate, "seg", "--weights", "model", "--data_path", root, *more, expect=2)
+    assert passed == [(None, False), (None, True), ((64, 96), False)]
+
+
+def test_label_pictures(monkeypatch):
+    """The label and the prediction in their colours; what is ignored is black."""
+    monkeypatch.setattr(pictures, "picture_grid", lambda rows, columns: (rows, columns))
+    colours = ((255, 0, 0), (0, 255, 0))
+    label = torch.tensor([[[0, 1, 255]]])
+    prediction = torch.tensor([[[1, 1, 0]]])
+    rows, _ = pictures.draw_labels(torch.zeros(1, 3, 1, 3), label, prediction, colours)
+    _, shown, predicted = rows[0]
+    assert shown.permute(1, 2, 0).tolist() == [[[1, 0, 0], [0, 1, 0], [0, 0, 0]]]
+    assert predicted.permute(1, 2, 0).tolist() == [[[0, 1, 0], [0, 1, 0], [1, 0, 0]]]
 
 
 def test_seg_on_the_very_images_of_a_training(tmp_path, use_model, monkeypatch):

@@ -569,10 +569,9 @@ def test_torchrun(tmp_path, world):
     ("options", "word"),
     (
         (("--batch_size", 3), "--batch_size 3"),
-        (("--sync_bn",), "--sync_bn"),
         (("--arch", "deeplabv3", "--batch_size", 2), "--batch_size 2"),
     ),
-    ids=("uneven batch", "sync_bn", "one image each"),
+    ids=("uneven batch", "one image each"),
 )
 def test_what_several_processes_refuse(tmp_path, world, options, word):
     shared = ["--data_path", world, *SMALL, "--log_dir", tmp_path / "runs", "--device", "cpu"]

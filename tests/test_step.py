@@ -3,6 +3,7 @@
     python -m pytest tests/test_step.py
 """
 
+import argparse
 import contextlib
 import shutil
 import sys
@@ -18,10 +19,13 @@ from conftest import (
     frames_run,
     read_json,
     read_log,
+    smooth_images,
     write_frames,
     write_image,
 )
 
+import batches
+import losses
 import metrics
 import train_depth
 import train_seg
@@ -106,13 +110,14 @@ def test_no_step_waits_for_the_device(monkeypatch, kind):
 def test_bfloat16_reaches_neither_heads_nor_losses(kind):
     """--amp bf16: networks in bfloat16; outputs and losses in float32, close to those without."""
     objective, batch = step_arguments(kind)
-    exact, _ = objective(batch)
+    exact, exact_views = objective(batch)
     objective.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     terms, views = objective(batch)
     assert terms["loss"].dtype == torch.float32
-    assert terms["loss"] != exact["loss"]
     torch.testing.assert_close(terms["loss"], exact["loss"], rtol=0.03, atol=0)
     values = views if kind == "segmentation" else views["depth"]
+    expected = exact_views if kind == "segmentation" else exact_views["depth"]
+    assert not torch.equal(values, expected)
     assert values.dtype == torch.float32
     assert len(values.unique()) > 0.9 * values.numel()
 
@@ -129,6 +134,89 @@ def test_compiled_training_agrees_with_eager(tmp_path, runs):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     result = call(train_depth, *options, expect=0)  # --compile may change
     assert "finished" in result.out
+
+
+class TimeOfFrames(torch.nn.Module):
+    """A pose network for frames whose grey tells the time: half a metre ahead from one to the next."""
+
+    def forward(self, earlier, later):
+        passed = (later - earlier).mean((1, 2, 3))
+        assert (passed > 0).all()  # pairs come in temporal order
+        rotation = torch.zeros(len(passed), 3)
+        translation = torch.zeros(len(passed), 3)
+        translation[:, 2] = -5 * passed  # points come nearer
+        return rotation, translation
+
+
+@pytest.mark.parametrize("offsets", ((-1, 1), (1, -1), (-2, 1)))
+def test_poses_lead_from_the_target_to_each_source(offsets):
+    objective, batch = step_arguments("mono")
+    objective.args.frame_ids = [0, *offsets]
+    times = 0.5 + 0.1 * torch.tensor([0, *offsets])
+    batch["frames"] = times.view(1, 3, 1, 1, 1).expand(2, 3, 3, 64, 96)
+    batch["jitter"] = torch.ones(2, 5)  # chooses no sample
+    objective.pose = TimeOfFrames()
+    _, views = objective(batch)
+    expected = -0.5 * torch.tensor(offsets)
+    torch.testing.assert_close(views["poses"][:, :, 2, 3], expected.expand(2, 2))
+
+
+@pytest.mark.parametrize("kind, inputs", (("mono+stereo", 5), ("flow", 2), ("reconstruction", 1)))
+def test_networks_see_jittered_frames_and_losses_real_ones(monkeypatch, kind, inputs):
+    """Real frames are dark here, and jitter turns them bright."""
+    objective, batch = step_arguments(kind)
+    batch["frames"] = 0.4 * batch["frames"]
+    monkeypatch.setattr(batches, "color_jitter", lambda frames, draws: 1 - frames)
+    seen = []
+    for network in filter(None, (objective.model, objective.pose)):
+        network.register_forward_pre_hook(lambda _, arguments: seen.extend(arguments))
+    compared = []
+
+    def recorded(function):
+        def record(*arguments, **more):
+            compared.extend(filter(torch.is_tensor, arguments))
+            return function(*arguments, **more)
+
+        return record
+
+    for name in ("photometric_error", "image_pyramid"):
+        monkeypatch.setattr(losses, name, recorded(getattr(losses, name)))
+    objective(batch)
+    assert len(seen) == inputs  # the other camera is not among them
+    for frames in seen:
+        assert ((frames >= 0.6) | (frames == batches.NEUTRAL)).all()
+    assert compared
+    for frames in compared:
+        assert frames.max() <= 0.4 + 1e-5
+
+
+STARTS = (
+    (("--supervision", "stereo"), 17.1),
+    (("--supervision", "depth"), 10.0),
+    (("--supervision", "stereo", "--monodepth2"), 1.08),
+    (("--supervision", "mono"), 0.2),
+)
+
+
+@pytest.mark.parametrize("words, metres", STARTS)
+def test_where_depth_starts(words, metres):
+    """Metric training in the middle of its range, others at twice the nearest depth."""
+    args = train_depth.parse_options(["--height", "64", "--width", "96", *words])
+    objective, _ = train_depth.build(args, torch.device("cpu"))
+    with torch.no_grad():
+        output = objective.eval().model(smooth_images(2, 64, 96))[0]
+    depth = losses.disparity_to_depth(output.sigmoid(), args.min_depth, args.max_depth)
+    assert metres / 2 < depth.median() < 2 * metres
+
+
+PRECISIONS = {"auto": torch.float32, "none": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_amp_decides_on_the_precision_of_networks(amp):
+    layer = torch.nn.Linear(3, 3)
+    with utils.autocast(argparse.Namespace(amp=amp), torch.device("cpu"))():
+        assert layer(torch.rand(2, 3)).dtype == PRECISIONS[amp]
 
 
 # ------------------------------------------------------------ what a run says of itself
