@@ -142,13 +142,16 @@ def test_image_and_label_are_scaled_together(tmp_path, scale):
     bright = np.zeros((64, 96), bool)
     bright[10:40, 30:70] = True
     for path in Path(root, "training", "semantic").iterdir():
-        make_data.write_array(path, np.where(bright, 26, 7).astype(np.uint8))
-        picture = np.repeat(255 * bright[..., None], 3, 2).astype(np.uint8)
-        make_data.write_array(str(path).replace("semantic", "image_2"), picture)
+        label = np.where(bright, 26, 7)
+        picture = np.repeat(255 * bright[..., None], 3, 2)
+        make_data.write_array(path, label.astype(np.uint8))
+        place = str(path).replace("semantic", "image_2")
+        make_data.write_array(place, picture.astype(np.uint8))
     extra = {"crop": (64, 64), "scale": scale, "batch_size": 3, "steps": 4}
     data = labelled("kitti", root, "train", train=True, **extra)
     padded = []
-    for batch in train_batches(data, options("kitti", root, **extra), 0, torch.device("cpu")):
+    args = options("kitti", root, **extra)
+    for batch in train_batches(data, args, 0, torch.device("cpu")):
         grey = batch["image"].mean(1)
         label = batch["label"]
         outside = label == IGNORE

@@ -3,6 +3,8 @@
     python -m pytest tests/test_tuning.py
 """
 
+import copy
+
 import make_data
 import pytest
 import torch
@@ -23,9 +25,10 @@ def test_calibration_is_the_mean_over_the_training_images(tmp_path):
     assert len(train_set) == 25  # two batches
     torch.manual_seed(0)
     encoder = networks.build("unet", "resnet18", 19).encoder.eval()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    before = copy.deepcopy(encoder.state_dict())
     train_seg.calibrate_batch_norm(encoder, train_set)
-    shown = torch.stack([train_set.load(index)[0] for index in range(25)]).float() / 255
+    shown = torch.stack([train_set.load(index)[0] for index in range(25)])
+    shown = shown.float() / 255
     with torch.no_grad():
         x = encoder.encoder.conv1(encoder.normalize(shown))
     norm = encoder.encoder.bn1
@@ -44,9 +47,11 @@ def test_only_batch_norm_is_frozen():
     args = train_seg.parse_options([*SIZE, "--freeze_batch_norm_only"])
     objective, _ = train_seg.build(args, 19, CPU)
     encoder = objective.model.encoder
-    before = {name: value.clone() for name, value in encoder.named_buffers()}
-    label = torch.randint(19, (2, 64, 96), generator=torch.Generator().manual_seed(0))
-    terms, _ = objective({"image": smooth_images(2, 64, 96), "label": label})
+    before = copy.deepcopy(dict(encoder.named_buffers()))
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(19, (2, 64, 96), generator=generator)
+    batch = {"image": smooth_images(2, 64, 96), "label": label}
+    terms, _ = objective(batch)
     terms["loss"].backward()
     for name, value in encoder.named_buffers():
         assert torch.equal(value, before[name]), name
@@ -58,15 +63,25 @@ def test_only_batch_norm_is_frozen():
 
 
 SCHEDULES = (
-    ("", (1, 0.8535534, 0.5, 0.1464466)),
-    ("--schedule poly", (1, 0.75**0.9, 0.5**0.9, 0.25**0.9)),
-    ("--schedule poly --poly_power 1 --warmup_steps 2", (0.5, 0.75, 0.5, 0.25)),
+    (
+        "",
+        (1, 0.8535534, 0.5, 0.1464466),  # cosine
+    ),
+    (
+        "--schedule poly",
+        (1, 0.75**0.9, 0.5**0.9, 0.25**0.9),
+    ),
+    (
+        "--schedule poly --poly_power 1 --warmup_steps 2",
+        (0.5, 0.75, 0.5, 0.25),
+    ),
 )
 
 
 @pytest.mark.parametrize("words, shares", SCHEDULES)
 def test_the_learning_rate_of_fine_tuning(words, shares):
-    args = train_seg.parse_options(["--steps", "4", "--learning_rate", "2e-3", *words.split()])
+    options = ("--steps", "4", "--learning_rate", "2e-3")
+    args = train_seg.parse_options([*options, *words.split()])
     rates = [train_seg.learning_rate(args, step) / 2e-3 for step in range(4)]
     assert rates == pytest.approx(shares)
 
@@ -89,8 +104,8 @@ def test_optimizers_of_fine_tuning(words, kind, decay):
     assert type(optimizer) is kind
     encoder, decoder = optimizer.param_groups
     assert (encoder["factor"], decoder["factor"]) == (0.1, 1)
-    assert list(map(id, encoder["params"])) == list(map(id, model.encoder.parameters()))
-    assert list(map(id, decoder["params"])) == list(map(id, model.decoder.parameters()))
+    for group, part in ((encoder, model.encoder), (decoder, model.decoder)):
+        assert list(map(id, group["params"])) == list(map(id, part.parameters()))
     for group in optimizer.param_groups:
         assert group["weight_decay"] == decay
         assert group.get("momentum", 0.9) == 0.9
