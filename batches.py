@@ -361,9 +361,6 @@ def check_fit(args: argparse.Namespace, samples: int, size: Size) -> None:
     if crop and (crop[0] > size[0] or crop[1] > size[1]):
         raise InputError(f"--crop {crop[0]} {crop[1]} is larger than the image "
                          f"({size[0]} x {size[1]})")
-    scale = getattr(args, "scale", None)
-    if scale and scale[0] > scale[1]:
-        raise InputError(f"--scale LOW HIGH: {scale[0]:g} is above {scale[1]:g}")
 
 
 def on_device(dataset: Samples, device: torch.device) -> dict[str, tuple] | None:

@@ -460,3 +460,5 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError("--arch deeplabv3 normalises over the batch, which takes two images")
     if args.arch != "deeplabv3" and args.output_stride != 8:
         raise InputError("--output_stride is for --arch deeplabv3")
+    if args.arch != "dpt" and vars(args).get("dpt_layers", "spread") != "spread":
+        raise InputError("--dpt_layers is for --arch dpt")

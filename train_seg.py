@@ -91,8 +91,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--freeze_encoder and --freeze_batch_norm_only: choose one")
     if args.scale is not None and args.crop is None:
         raise InputError("--scale needs --crop: scaled images differ in size")
-    if args.arch != "dpt" and args.dpt_layers != "spread":
-        raise InputError("--dpt_layers is for --arch dpt")
+    if args.scale is not None and args.scale[0] > args.scale[1]:
+        raise InputError(f"--scale LOW HIGH: {args.scale[0]:g} is above {args.scale[1]:g}")
     if args.schedule != "poly" and args.poly_power != parser.get_default("poly_power"):
         raise InputError("--poly_power is for --schedule poly")
     args.name = args.name or default_name(args)

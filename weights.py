@@ -16,16 +16,7 @@ from torch import Tensor, nn
 
 from encoders import POSITION_RULES, VITS
 from formats import POSITIONS, imagenet_checkpoint, read_file, recognise
-from networks import (
-    ARCHITECTURES,
-    ATROUS_RATES,
-    SETTINGS,
-    Network,
-    PoseNet,
-    build,
-    is_head,
-    scale_translation,
-)
+from networks import ARCHITECTURES, ATROUS_RATES, SETTINGS, Network, PoseNet, build, is_head, scale_translation
 from utils import InputError
 
 MONODEPTH2_FILES = {
@@ -219,9 +210,11 @@ def load_weights(model: Network, path: str, task: str, parts: str = "all",
         taken.append(load_imagenet_pose(model, pose))
     elif pose is not None and "pose" in state:
         taken.append(fit(pose.encoder, state["pose_encoder"], "pose_encoder", path))
-        factor = min_depth / options["min_depth"] if min_depth else 1.0
-        decoder = scale_translation(state["pose"], factor)
-        taken.append(fit(pose.decoder, decoder, "pose", path))
+        taken.append(fit(pose.decoder, state["pose"], "pose", path))
+        if min_depth:
+            factor = min_depth / options.get("min_depth", min_depth)
+            scaled = scale_translation(pose.decoder.state_dict(), factor)
+            pose.decoder.load_state_dict(scaled)
     return f"{source}: " + ", ".join(taken)
 
 

@@ -200,6 +200,10 @@ def test_monodepth2_folders(tmp_path):
     assert message.endswith("encoder 318/318, decoder 28/28, pose_encoder 120/120, pose 8/8")
     for ours, theirs in zip(other.parameters(), pose.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    partial = {"net.0.weight": pose.decoder.state_dict()["net.0.weight"]}
+    torch.save(partial, tmp_path / "pose.pth")
+    with pytest.raises(InputError, match="does not fit pose"):
+        weights.load_weights(model, str(tmp_path), "depth", pose=other, min_depth=0.54)
     os.remove(tmp_path / "pose.pth")
     with pytest.raises(InputError, match="belong together"):
         weights.read_checkpoint(str(tmp_path))

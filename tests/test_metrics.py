@@ -399,7 +399,7 @@ def test_windows_and_flips_of_a_pointwise_network_change_nothing(tmp_path):
 
 
 def test_windows_see_images_of_the_size_that_trained(tmp_path):
-    """Squashed as in training: the same logits as of whole images, cut into windows."""
+    """Windows are cut from images as training resizes them, not from the files."""
     dataset = labelled_images(tmp_path, 6)
     dataset.size = (32, 96)
     seen = []
