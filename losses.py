@@ -3,9 +3,9 @@
 Images are (B, 3, H, W) in [0, 1]. Depth (B, 1, H, W) is camera z, and disparity is the network's
 sigmoid in (0, 1). Intrinsics K (B, 3, 3) are in pixels, without skew; the centre of the first pixel
 is (0, 0), hence align_corners=True. T (B, 4, 4) maps target-camera to source-camera points.
-A list of outputs starts at full size; its map number s has 1 / 2^s of that.
-A training loss returns terms: scalars by name, of which "loss" trains. Those of pre-training also
-return views: detached maps to look at.
+A list of outputs starts at full size; its map number s has 1 / 2^s of that. Dots in front of a shape
+are S scales and V sources: stacked, they compile to few kernels. A training loss returns terms,
+scalars of which "loss" trains; those of pre-training also views: detached maps to look at.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ Results = tuple[dict[str, Tensor], dict]  # terms and views
 
 # ------------------------------------------------------------------------------ means and scales
 def channel_mean(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 1, H, W)."""
-    return x.mean(1, keepdim=True)
+    """(..., C, H, W) -> (..., 1, H, W)."""
+    return x.mean(-3, keepdim=True)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim=None) -> Tensor:
@@ -35,9 +35,8 @@ def masked_mean(values: Tensor, mask: Tensor, dim=None) -> Tensor:
     return (values * mask).sum(dim) / count
 
 
-def mean_over_scales(values: list[Tensor]) -> Tensor:
-    """Mean of one value per scale, finest first, with weights 1, 1/2, 1/4, ..."""
-    values = torch.stack(values)
+def mean_over_scales(values: Tensor) -> Tensor:
+    """Mean of one value per scale (S,), finest first, with weights 1, 1/2, 1/4, ..."""
     weights = 0.5 ** torch.arange(len(values), device=values.device)
     return (values * weights).sum() / weights.sum()
 
@@ -51,8 +50,7 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def image_pyramid(image: Tensor, levels: int = 4) -> list[Tensor]:
     """The image and its halvings by area, finest first."""
-    halvings = [F.avg_pool2d(image, 2**level) for level in range(1, levels)]
-    return [image, *halvings]
+    return [F.avg_pool2d(image, 2**level) for level in range(levels)]
 
 
 # -------------------------------------------------------------------------------------- geometry
@@ -61,13 +59,6 @@ def disparity_to_depth(disparity: Tensor, min_depth: float, max_depth: float) ->
     nearest = 1 / min_depth
     farthest = 1 / max_depth
     return 1 / (farthest + (nearest - farthest) * disparity)
-
-
-def depth_to_disparity(depth: float, min_depth: float, max_depth: float) -> float:
-    """The inverse of `disparity_to_depth`."""
-    nearest = 1 / min_depth
-    farthest = 1 / max_depth
-    return (1 / depth - farthest) / (nearest - farthest)
 
 
 def pose_to_matrix(axisangle: Tensor, translation: Tensor, invert: bool = False) -> Tensor:
@@ -96,17 +87,17 @@ def pose_to_matrix(axisangle: Tensor, translation: Tensor, invert: bool = False)
 
 
 def pixel_grid(image: Tensor) -> tuple[Tensor, Tensor]:
-    """The pixels' coordinates in a map (B, C, H, W): x (W,) and y (H, 1)."""
-    height, width = image.shape[2:]
+    """The pixels' coordinates in a map (..., H, W): x (W,) and y (H, 1)."""
+    height, width = image.shape[-2:]
     x = torch.arange(width, device=image.device)
     y = torch.arange(height, device=image.device)
     return x, y[:, None]
 
 
 def project(depth: Tensor, K: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the target's pixels land in the source view: (B, H, W, 2), x then y.
+    """Where the target's pixels land in the source view: (..., B, H, W, 2), x then y.
 
-    Also returns the points' depth z in the source camera, (B, 1, H, W).
+    depth: (..., B, 1, H, W). Also returns the points' depth z in the source camera, shaped alike.
     """
     # K (R depth K^-1 p + t) = depth (K R) (K^-1 p) + K t, in homogeneous pixels of the source;
     # as sums, which compile to one kernel and stay exact under TF32 and autocast
@@ -118,33 +109,36 @@ def project(depth: Tensor, K: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
     x = (x - K[:, :1, 2]) / K[:, :1, 0]  # (x - cx) / fx, (B, 1, 1, W)
     y = (y - K[:, 1:2, 2]) / K[:, 1:2, 1]  # (y - cy) / fy, (B, 1, H, 1)
     rays = right * x + (down * y + ahead)  # (B, 3, H, W)
-    points = depth * rays + origin
-    z = points[:, 2:]
+    points = depth * rays + origin  # (..., B, 3, H, W)
+    z = points[..., 2:, :, :]
     divisor = z + 1e-7
     divisor = divisor + (divisor == 0)  # an infinite pixel would make the gradient NaN
-    pixels = points[:, :2] / divisor
-    return pixels.permute(0, 2, 3, 1), z
+    pixels = points[..., :2, :, :] / divisor
+    return pixels.movedim(-3, -1), z
 
 
 def sample(image: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Bilinear samples (B, C, H, W) at `pixels` (B, H, W, 2); outside, the border's colour.
+    """Bilinear samples (..., B, C, H, W) at `pixels` (..., B, H, W, 2); outside, the border's colour.
 
-    Also returns which positions lie in the image, (B, 1, H, W) bool.
+    Also returns which positions lie in the image, (..., B, 1, H, W) bool.
     """
     height, width = image.shape[2:]
-    x, y = pixels.unbind(3)
+    x, y = pixels.unbind(-1)
     x = x * (2 / (width - 1)) - 1  # from -1 at the first pixel's centre to 1 at the last one's
     y = y * (2 / (height - 1)) - 1
     inside = (x.abs() <= BORDER) & (y.abs() <= BORDER)
-    grid = torch.stack([x, y], 3)
-    samples = F.grid_sample(image, grid, "bilinear", "border", align_corners=True)
-    return samples, inside[:, None]
+    grid = torch.stack([x, y], -1)
+    batch = grid.shape[:-3]  # (..., B)
+    image = image.expand(*batch, -1, -1, -1)
+    samples = F.grid_sample(
+        image.flatten(0, -4), grid.flatten(0, -4), "bilinear", "border", align_corners=True)
+    return samples.unflatten(0, batch), inside.unsqueeze(-3)
 
 
 def synthesize(source: Tensor, depth: Tensor, K: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    """View synthesis: the target view in the source's colours, (B, 3, H, W).
+    """View synthesis: the target view in the source's colours, (..., B, 3, H, W).
 
-    Also returns which pixels the source sees, (B, 1, H, W) bool: in front of it, in its image.
+    Also returns which pixels the source sees, (..., B, 1, H, W) bool: in front of it, in its image.
     """
     pixels, z = project(depth, K, T)
     warped, inside = sample(source, pixels)
@@ -152,17 +146,24 @@ def synthesize(source: Tensor, depth: Tensor, K: Tensor, T: Tensor) -> tuple[Ten
 
 
 # ----------------------------------------------------------------- photometric error, smoothness
+def pad(x: Tensor) -> Tensor:
+    """A map (..., B, C, H, W) with a border of one mirrored pixel."""
+    batch = x.shape[:-3]
+    padded = F.pad(x.flatten(0, -4), (1, 1, 1, 1), mode="reflect")
+    return padded.unflatten(0, batch)
+
+
 def box_mean(x: Tensor) -> Tensor:
     """Mean of 3x3 windows of a padded map; shifted sums are faster than pooling."""
-    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     return sums / 9
 
 
 def ssim_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """(1 - SSIM) / 2, clamped to [0, 1], for each pixel and channel, (B, C, H, W)."""
-    x = F.pad(prediction, (1, 1, 1, 1), mode="reflect")
-    y = F.pad(target, (1, 1, 1, 1), mode="reflect")
+    """(1 - SSIM) / 2, clamped to [0, 1], for each pixel and channel, (..., B, C, H, W)."""
+    x = pad(prediction)
+    y = pad(target)
     mean_x = box_mean(x)
     mean_y = box_mean(y)
     product = mean_x * mean_y
@@ -176,7 +177,7 @@ def ssim_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def photometric_error(prediction: Tensor, target: Tensor, ssim: bool = True) -> Tensor:
-    """0.85 (1 - SSIM) / 2 + 0.15 L1, averaged over channels, (B, 1, H, W); or L1 alone."""
+    """0.85 (1 - SSIM) / 2 + 0.15 L1, averaged over channels, (..., B, 1, H, W); or L1 alone."""
     l1 = channel_mean((prediction - target).abs())
     if not ssim:
         return l1
@@ -228,59 +229,57 @@ class PhotometricLoss:
         """Compare the target with each source, warped by the source's pose T (B, 4, 4).
 
         Terms: loss, photometric, smoothness, masked (share of pixels that do not train).
-        Views, finest scale: depth, warped (B, S, 3, H, W), mask (B, 1, H, W), set where it trains.
+        Views, finest scale: depth, warped (B, V, 3, H, W), mask (B, 1, H, W), set where it trains.
         """
-        everywhere = torch.ones_like(target[:, :1]).bool()
-        everywhere = everywhere.expand(-1, len(sources), -1, -1)
         unmoved = torch.zeros_like(target[:, :1])  # stands where a pixel does not train
         if self.automask:  # then it is also what a warped source has to beat
-            unmoved = self.best_error(sources, target, everywhere)
+            unmoved = self.best_error(torch.stack(sources), target)
 
-        photometric = []
+        full = [upsample(disparity, target.shape[2:]) for disparity in disparities]
+        depth = disparity_to_depth(torch.stack(full), self.min_depth, self.max_depth)
+        warped = []
+        seen = []
+        for source, T in zip(sources, poses):
+            image, mask = synthesize(source, depth, K, T)
+            warped.append(image)
+            seen.append(mask)
+        warped = torch.stack(warped)  # (V, S, B, 3, H, W)
+        seen = torch.stack(seen) | self.border  # (V, S, B, 1, H, W)
+        error = self.best_error(warped, target, seen)  # (S, B, 1, H, W)
+        trains = seen.any(0)
+        if self.automask:
+            trains = trains & (error < unmoved)
+        error = torch.where(trains, error, unmoved)  # a constant where it does not train
+
         smooth = []
         pyramid = image_pyramid(target, len(disparities))
         for scale, disparity in enumerate(disparities):
-            full = upsample(disparity, target.shape[2:])
-            depth = disparity_to_depth(full, self.min_depth, self.max_depth)  # (B, 1, H, W)
-            warped = []
-            seen = []
-            for source, T in zip(sources, poses):
-                image, mask = synthesize(source, depth, K, T)
-                warped.append(image)
-                seen.append(mask)
-            seen = everywhere if self.border else torch.cat(seen, 1)  # (B, S, H, W)
-            error = self.best_error(warped, target, seen)  # (B, 1, H, W)
-            trains = seen.any(1, keepdim=True)
-            if self.automask:
-                trains = trains & (error < unmoved)
-            error = torch.where(trains, error, unmoved)  # a constant where it does not train
-            photometric.append(error.mean())
             smooth.append(disparity_smoothness(disparity, pyramid[scale]) / 2**scale)
-            if scale == 0:
-                views = {
-                    "depth": depth.detach(),
-                    "warped": torch.stack(warped, 1).detach(),
-                    "mask": trains,
-                }
 
+        views = {
+            "depth": depth[0].detach(),
+            "warped": warped[:, 0].transpose(0, 1).detach(),
+            "mask": trains[0],
+        }
         terms = {
-            "photometric": torch.stack(photometric).mean(),
+            "photometric": error.mean(),
             "smoothness": torch.stack(smooth).mean(),
-            "masked": 1 - views["mask"].float().mean(),
+            "masked": 1 - trains[0].float().mean(),
         }
         terms["loss"] = terms["photometric"] + self.smoothness_weight * terms["smoothness"]
         return terms, views
 
-    def best_error(self, images: list[Tensor], target: Tensor, seen: Tensor) -> Tensor:
-        """Photometric error of the best of the images at each pixel, or their mean, (B, 1, H, W)."""
-        errors = [photometric_error(image, target, self.ssim) for image in images]
-        errors = torch.cat(errors, 1)  # (B, S, H, W), as is `seen`
+    def best_error(self, images: Tensor, target: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Photometric error of the best of the images at each pixel, or their mean, (..., B, 1, H, W).
+
+        images: (V, ..., B, 3, H, W); seen: (V, ..., B, 1, H, W), everything where it is None.
+        """
+        errors = photometric_error(images, target, self.ssim)
+        if seen is None:
+            seen = torch.ones_like(errors, dtype=torch.bool)
         if self.minimum:
-            errors = errors.masked_fill(~seen, torch.inf)
-            return errors.amin(1, keepdim=True)
-        count = seen.sum(1, keepdim=True)
-        total = (errors * seen).sum(1, keepdim=True)
-        return total / count.clamp(min=1)
+            return errors.masked_fill(~seen, torch.inf).amin(0)
+        return masked_mean(errors, seen, 0)
 
 
 def supervised_depth_loss(
@@ -295,15 +294,15 @@ def supervised_depth_loss(
     sky of a renderer is farther than the network can answer. Views: depth, measured (what trains).
     """
     valid = (measured >= min_depth) & (measured <= max_depth)
-    views = {"measured": valid}
-    errors = []
-    for disparity in disparities:
-        full = upsample(disparity, measured.shape[2:])
-        depth = disparity_to_depth(full, min_depth, max_depth)
-        error = (depth - measured).abs()
-        errors.append(masked_mean(error, valid))
-        views.setdefault("depth", depth.detach())  # of the finest scale
-    return {"loss": torch.stack(errors).mean()}, views
+    full = [upsample(disparity, measured.shape[2:]) for disparity in disparities]
+    depth = disparity_to_depth(torch.stack(full), min_depth, max_depth)  # (S, B, 1, H, W)
+    error = (depth - measured).abs()
+    loss = masked_mean(error, valid.expand_as(error))
+    views = {
+        "depth": depth[0].detach(),
+        "measured": valid,
+    }
+    return {"loss": loss}, views
 
 
 # ---------------------------------------------------------------- baselines: flow, reconstruction
@@ -320,27 +319,29 @@ def flow_loss(
     Terms: loss, photometric, smoothness, outside (share of pixels); views: flow, warped.
     """
     height, width = target.shape[2:]
-    columns, rows = pixel_grid(target)
-    photometric = []
+    shares = []
     smooth = []
-    for scale, flow in enumerate(flows):
-        full = upsample(flow, (height, width))
-        x, y = full.split(1, dim=1)
-        x = x / flow.shape[3]  # as a share of the width, (B, 1, H, W)
+    for flow in flows:
+        x, y = upsample(flow, (height, width)).unbind(1)
+        x = x / flow.shape[3]  # as a share of the width, (B, H, W)
         y = y / flow.shape[2]
-        pixels = torch.cat([columns + width * x, rows + height * y], 1)
-        warped, inside = sample(source, pixels.permute(0, 2, 3, 1))
-        error = photometric_error(warped, target)
-        by_image = masked_mean(error, inside, (1, 2, 3))
-        photometric.append(by_image.mean())
-        smooth.append(smoothness(x, target) + smoothness(y, target))
-        if scale == 0:
-            views = {"flow": flow.detach(), "warped": warped.detach()}
-            outside = 1 - inside.float().mean()
+        share = torch.stack([x, y], 1)
+        shares.append(share)
+        smooth.append(2 * smoothness(share, target))  # the sum over both components
+    x, y = torch.stack(shares).unbind(2)  # (S, B, H, W)
+    columns, rows = pixel_grid(target)
+    pixels = torch.stack([columns + width * x, rows + height * y], -1)
+    warped, inside = sample(source, pixels)  # (S, B, 3, H, W)
+    error = photometric_error(warped, target)
+    by_image = masked_mean(error, inside, (-3, -2, -1))  # (S, B)
     terms = {
-        "photometric": mean_over_scales(photometric),
-        "smoothness": mean_over_scales(smooth),
-        "outside": outside,
+        "photometric": mean_over_scales(by_image.mean(1)),
+        "smoothness": mean_over_scales(torch.stack(smooth)),
+        "outside": 1 - inside[0].float().mean(),
+    }
+    views = {
+        "flow": flows[0].detach(),
+        "warped": warped[0].detach(),
     }
     terms["loss"] = terms["photometric"] + smoothness_weight * terms["smoothness"]
     return terms, views
@@ -358,16 +359,15 @@ def reconstruction_loss(
     everywhere: L1 over all pixels, as in the release.
     """
     pyramid = image_pyramid(target, len(reconstructions))
+    trains = (removed | everywhere).float()
     losses = []
     for scale, reconstruction in enumerate(reconstructions):
         error = channel_mean((reconstruction - pyramid[scale]).abs())
-        mask = F.max_pool2d(removed.float(), 2**scale)  # 1 if any part of a pixel was removed
-        if everywhere:
-            mask = torch.ones_like(mask)
+        mask = F.max_pool2d(trains, 2**scale)  # 1 if any part of a pixel trains
         by_image = masked_mean(error, mask, (1, 2, 3))
         losses.append(by_image.mean())
     views = {"removed": removed, "reconstruction": reconstructions[0].detach()}
-    return {"loss": mean_over_scales(losses)}, views
+    return {"loss": mean_over_scales(torch.stack(losses))}, views
 
 
 # ---------------------------------------------------------------------------------- segmentation

@@ -65,15 +65,28 @@ def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ decoders
 
 
-def conv3x3(in_channels: int, out_channels: int) -> nn.Sequential:
+class Conv3x3(nn.Module):
     """With reflection padding, under Monodepth2's parameter names."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="reflect")
-    return nn.Sequential(OrderedDict(conv=conv))
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        if x.is_cuda:  # where padding loses the memory format once it is compiled
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.conv(x)
 
 
 def conv_elu(in_channels: int, out_channels: int) -> nn.Sequential:
-    conv = conv3x3(in_channels, out_channels)
+    conv = Conv3x3(in_channels, out_channels)
     return nn.Sequential(OrderedDict(conv=conv, elu=nn.ELU()))
+
+
+def double_size(x: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling; F.interpolate compiles to a gather, and scatters its gradient."""
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 class DepthDecoder(nn.Module):
@@ -95,7 +108,7 @@ class DepthDecoder(nn.Module):
             self.decoder.append(conv_elu(width + skip, width))
             below = width
         for scale in self.scales:
-            head = conv3x3(DECODER_CHANNELS[scale], channels)
+            head = Conv3x3(DECODER_CHANNELS[scale], channels)
             self.decoder.append(head)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
@@ -104,7 +117,7 @@ class DepthDecoder(nn.Module):
         for level in (4, 3, 2, 1, 0):
             first = 8 - 2 * level
             x = self.decoder[first](x)
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = double_size(x)
             if level > 0:
                 skip = features[level - 1]
                 x = torch.cat([x, skip], 1)

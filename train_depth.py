@@ -240,9 +240,8 @@ def build(args: Namespace, device: torch.device) -> tuple[Objective, str]:
     objective = Objective(args, device)
     if objective.metric and not args.monodepth2:
         # a sigmoid starts at twice the nearest depth; start in the middle of the range instead
-        middle = math.sqrt(args.min_depth * args.max_depth)
-        disparity = losses.depth_to_disparity(middle, args.min_depth, args.max_depth)
-        networks.set_head_bias(objective.model.decoder, math.log(disparity / (1 - disparity)))
+        # (their geometric mean has the disparity 1 / (1 + sqrt(max / min)))
+        networks.set_head_bias(objective.model.decoder, math.log(args.min_depth / args.max_depth) / 2)
     loaded = weights.load_weights(
         objective.model, args.init, args.task, args.init_parts,
         pose=objective.pose, min_depth=args.min_depth)

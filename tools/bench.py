@@ -544,9 +544,10 @@ def compile_ahead(parts: dict[str, list[str]], end: float) -> dict[str, dict]:
     """
     compiling = {}
     for name, argv in parts.items():
-        if name in ("compare", "mono, compiled", "mono+stereo, compiled"):
-            short = [] if name == "compare" else ["--steps", "1"]
-            compiling[name] = start_part([*argv, *short])
+        if name == "compare":
+            compiling[name] = start_part(argv)
+        elif argv[0] in ("step", "seg") and "all" in argv:
+            compiling[name] = start_part([*argv, "--steps", "1", "--images", "1"])
     records = {}
     for name, process in compiling.items():
         record = finish_part(process, end - time.monotonic())
@@ -575,7 +576,7 @@ def all_command(options: Namespace) -> dict:
         records["compile_s, cold and side by side"] = {
             name: record.get("compile_s") for name, record in cold.items()
         }
-        if "agrees" in cold.get("compare", {}):
+        if "compare" in cold:
             records["compare"] = cold["compare"]
             del parts["compare"]
     for name, argv in parts.items():
