@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,6 +78,19 @@ class Samples(Dataset):
     size: Size
     arrays: dict[str, tuple] | None = None
     camera_of: Tensor | None = None  # the number of each sample's camera, see `find_cameras`
+
+    def targets(self) -> list[str]:
+        """The image file of every sample; of a clip, the target's."""
+        raise NotImplementedError
+
+    def identity(self) -> str:
+        """What tells data apart wherever they lie: number and names of the files, and sizes of three."""
+        paths = self.targets()
+        root = os.path.commonpath(paths)
+        names = [os.path.relpath(path, root) for path in paths]
+        sizes = [os.path.getsize(paths[i]) for i in (0, len(paths) // 2, -1)]
+        code = zlib.crc32(repr((names, sizes)).encode())
+        return f"{len(paths)} files, {code:08x}"
 
     def read(self, index: int) -> dict[str, Tensor]:
         """A sample before augmentation."""

@@ -46,6 +46,7 @@ from images import (
     read_intrinsics,
     read_lines,
     read_points,
+    read_scaled_depth,
     read_text,
     resize,
     resize_depth,
@@ -109,7 +110,6 @@ class Clips(Samples):
             self.dropped += f"{separator}{count} {why}"
 
     def targets(self) -> list[str]:
-        """The target's file of every sample."""
         return [sample["images"][0] for sample in self.samples]
 
     def depth_map(self, depth: object) -> np.ndarray:
@@ -910,8 +910,7 @@ class Frames(Clips):
         return super().native_intrinsics(sample, size)
 
     def depth_map(self, depth: tuple[str, float]) -> np.ndarray:
-        path, scale = depth
-        return read_ids(path, DEPTH_MODES).astype(np.float32) / scale
+        return read_scaled_depth(*depth)
 
     def select(self, samples: list[dict], split: str) -> list[dict]:
         """The samples whose targets a file lists, as PATH or as FOLDER NUMBER."""

@@ -28,11 +28,10 @@ import pictures
 import utils
 from encoders import VITS
 from images import (
-    DEPTH_MODES,
     image_names,
     natural_key,
-    read_ids,
     read_image,
+    read_scaled_depth,
     resize,
     split_sequences,
 )
@@ -298,13 +297,8 @@ def nyu_frames(args: argparse.Namespace, span: tuple, split: str) -> tuple[str, 
     found = []
     for image, _ in pairs:
         depth = os.path.join(root, "depth", os.path.basename(image))
-        found.append((image, partial(read_millimetres, depth)))
+        found.append((image, partial(read_scaled_depth, depth, 1000)))
     return f"{len(found)} {split} images of nyu at {root}", "z", found
-
-
-def read_millimetres(path: str) -> np.ndarray:
-    """Depth (H, W) in metres of a 16-bit PNG in millimetres."""
-    return read_ids(path, DEPTH_MODES).astype(np.float32) / 1000
 
 
 def default_scale(options: dict) -> float | str:
@@ -505,7 +499,9 @@ def save_depth(path: str, depth: np.ndarray, options: dict) -> None:
 
 def save_ids(path: str, label: np.ndarray, data: str) -> None:
     """Train ids (H, W) as a PNG of the data set's own ids, as its server takes them."""
-    cls = datasets.LABELLED[data]
+    cls = datasets.LABELLED.get(data)
+    if cls is None:
+        raise InputError(f"the network was trained on {data}, whose ids are not known here")
     own = []
     for train_id in range(len(cls.classes)):
         own.append(np.flatnonzero(cls.table == train_id)[0])

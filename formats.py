@@ -8,9 +8,11 @@ normalisation of images (our ViTs have ImageNet's, any other goes into the first
 timm's copies of DeiT, DINO and MAE have the keys of its other ViTs: load the files of their authors instead.
 """
 
+import json
 import math
 import os
 import re
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -331,6 +333,25 @@ def from_hugging_face_depth_anything(tensors: dict) -> tuple[dict, dict]:
     rest = {key: value for key, value in tensors.items() if not key.startswith("backbone.")}
     decoder = dpt_decoder(rest, HUGGING_FACE_DPT_NAMES)
     return {"encoder": encoder, "decoder": decoder}, {"positions": "bicubic"}
+
+
+def read_depth_anything_config(path: str) -> tuple[bool, bool]:
+    """Whether a Depth Anything is version 1, and whether it is metric: its keys do not tell.
+
+    Hugging Face's config.json beside it does; else version 1's published name, or "metric" in the name.
+    """
+    name = os.path.basename(path)
+    version1 = re.fullmatch(r"depth_anything_vit[sbl]14\.\w+", name) is not None
+    metric = "metric" in name
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    config = {}
+    with suppress(OSError, ValueError), open(os.path.join(folder, "config.json")) as file:
+        config = json.load(file)
+    if isinstance(config, dict) and config.get("model_type") == "depth_anything":
+        metric = config.get("depth_estimation_type") == "metric"
+        blocks = config.get("backbone_config", {}).get("out_indices", [])
+        version1 = len(blocks) == 4 and blocks[3] - blocks[0] == 3  # the last four
+    return version1, metric
 
 
 # Name, the keys that tell (all of them; "in model" is the wrapper), and the function; the first that fits.

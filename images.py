@@ -112,6 +112,16 @@ def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
     return values
 
 
+def read_scaled_depth(path: str, scale: float) -> np.ndarray:
+    """Depth (H, W) in metres of a 16-bit PNG of metres * scale, 0 where it holds 0 or 65535.
+
+    65535 is what sensors write where they measure nothing, or more than 16 bits hold.
+    """
+    stored = read_ids(path, DEPTH_MODES)
+    stored = np.where(stored == 65535, 0, stored)
+    return stored.astype(np.float32) / scale
+
+
 def image_size(path: str) -> Size:
     """(height, width) of an image as it is read, upright; reads the header only."""
     try:

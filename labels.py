@@ -167,6 +167,9 @@ class Labelled(Samples):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def targets(self) -> list[str]:
+        return [image for image, _ in self.pairs]
+
     def native_label(self, index: int) -> Tensor:
         """Train ids (h, w) int64 at the size of the file; refuses ids that the table lacks."""
         path = self.pairs[index][1]

@@ -294,6 +294,7 @@ def main() -> int:
     # data
     dataset = make_dataset(args)
     dataset.read(0)  # wrong paths and calibrations show at once
+    args.trains_on = dataset.identity()
 
     # model
     objective, loaded = build(args, device)

@@ -266,6 +266,9 @@ class Run:
             raise InputError(f"--resume: there is no {self.path('last.pt')}")
         if self.checkpoint is not None:
             self._refuse_other_options(self.checkpoint["args"], vars(defaults))
+        elif self.finished and os.path.exists(self.path("args.json")):
+            with open(self.path("args.json")) as file:
+                self._refuse_other_options(json.load(file)["options"], vars(defaults))
         elif self.writes and not self.finished:
             command = " ".join([script, *sys.argv[1:]])
             save_json(self.path("args.json"), {"script": script, "command": command,
@@ -292,9 +295,9 @@ class Run:
         now = vars(self.args)
         differing = []
         for key in sorted((then.keys() | now.keys()) - MAY_CHANGE):
-            before = then.get(key, defaults.get(key))
+            before = then.get(key, defaults.get(key, now.get(key)))
             after = now.get(key, FIRST_EDITION.get(key, before))
-            same = after in (before, [before])
+            same = after in (before, [before]) or json.dumps(after) == json.dumps(before)
             renewed = before == FIRST_EDITION.get(key) and after == defaults.get(key)
             if not same and not renewed:
                 differing.append(f"--{key} {before} there, {after} now")

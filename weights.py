@@ -9,13 +9,12 @@ formats.py says what other people's files hold.
 
 import math
 import os
-import re
 
 import torch
 from torch import Tensor, nn
 
 from encoders import POSITION_RULES, VITS
-from formats import POSITIONS, imagenet_checkpoint, read_file, recognise
+from formats import POSITIONS, imagenet_checkpoint, read_depth_anything_config, read_file, recognise
 from networks import ARCHITECTURES, ATROUS_RATES, SETTINGS, Network, PoseNet, build, is_head, scale_translation
 from utils import InputError
 
@@ -215,6 +214,8 @@ def load_weights(model: Network, path: str, task: str, parts: str = "all",
             factor = min_depth / options.get("min_depth", min_depth)
             scaled = scale_translation(pose.decoder.state_dict(), factor)
             pose.decoder.load_state_dict(scaled)
+    if os.path.isfile(f"{path}/args.json") and not os.path.isfile(f"{path}/result.json"):
+        taken.append(f"of an unfinished run, step {options.get('steps')}")
     return f"{source}: " + ", ".join(taken)
 
 
@@ -282,12 +283,13 @@ def load_model(path: str, device="cpu", task: str | None = None) -> tuple[Networ
 def describe_depth_model(source: str, parts: dict, path: str) -> dict:
     """Options of DPT-Large or a Depth Anything, as model.pt would hold them.
 
-    The two versions of Depth Anything differ in the blocks they read, not in their keys: a file that has
-    version 1's published name, depth_anything_vits14.pth, is version 1, any other version 2.
+    The two versions of Depth Anything differ in the blocks they read, not in their keys.
     """
     width, _, patch, _ = parts["encoder"]["encoder.conv_proj.weight"].shape
     names = [name for name, shape in VITS.items() if (shape[0], shape[3]) == (patch, width)]
-    version1 = re.search(r"depth_anything_vit[sbl]14\.\w+$", path)
+    version1, metric = read_depth_anything_config(path)
+    if metric:
+        raise InputError(f"{path}: a metric model gives metres, not inverse depth: use a relative one")
     side = 384 if source == "DPT" else 518
     return {
         "task": "depth",

@@ -364,6 +364,16 @@ def assert_says(result, *patterns: str) -> None:
         assert re.search(pattern, text), (pattern, result)
 
 
+@pytest.mark.parametrize("cx, warns", ((47.5, False), (52, False), (55.5, True), (39.5, True)))
+def test_intrinsics_off_the_centre_are_warned_of(tmp_path, cx, warns):
+    """As KITTI's are with images that were saved at another size and aspect."""
+    root = make_data.write_frames(
+        tmp_path / "video", [f"{number}.png" for number in range(4)], f"60 60 {cx} 31.5"
+    )
+    result = check("frames", root)
+    assert ("centre" in result.err) == warns
+
+
 def write_moving_video(root, count: int = 12, step: int = 4) -> str:
     """A camera that pans over a picture, so that neighbours look alike and others less."""
     wide = make_data.picture(64, 96 + step * count, seed=5)
@@ -455,10 +465,10 @@ def test_check_warns_of_implausible_depth(tmp_path):
     root = write_moving_video(tmp_path / "video")
     for number in range(12):
         depth = np.full((64, 96), 4000, np.uint16)
-        depth[:24] = 65535
+        depth[:24] = 60000
         make_data.write_array(f"{root}/depth/{number:04d}.png", depth)
     result = check("frames", root, "--depth", "--depth_scale", "100")
-    assert_says(result, "40.00 m", "655")
+    assert_says(result, "40.00 m", "600")
     assert "100 m" in result.err
     unlikely = check("frames", root, "--depth", "--depth_scale", "65535")
     assert "--depth_scale" in unlikely.err

@@ -156,6 +156,11 @@ def read_png(path) -> np.ndarray:
 # ---------------------------------------------------------------- predict
 
 
+def test_ids_of_an_unknown_data_set_are_refused(tmp_path):
+    with pytest.raises(InputError, match="trained on elsewhere"):
+        evaluate.save_ids(tmp_path / "ids.png", np.zeros((2, 2), int), "elsewhere")
+
+
 def test_metric_depth_as_a_png_in_kittis_coding(tmp_path, use_model):
     use_model("model", Brightness(), options("depth"))
     write_grey(tmp_path / "a.png", 40, 200, height=100, width=150)

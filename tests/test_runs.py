@@ -37,6 +37,7 @@ from conftest import (
     read_weights,
     truncate,
     write_frames,
+    write_image,
     write_semantics,
 )
 
@@ -506,6 +507,39 @@ def test_other_options_are_refused_and_moved_data_continue(unfinished, small_run
     moved = shutil.copytree(small_run / "video", run.parent / "moved")
     call(train_depth, *options, "--data_path", f"{moved}/", expect=0)
     assert_same_runs(run, small_run / "runs" / "run")
+
+
+@pytest.mark.parametrize("change", ("name", "content", "number"))
+def test_other_data_are_refused(unfinished, small_run, change):
+    """A run goes on with moved data, but not with another video, whose run may have its name."""
+    options, run = unfinished
+    other = Path(write_frames(run.parent / "other", 4 if change == "number" else 3, "png"))
+    if change == "content":
+        write_image(other / "frame2.png", seed=9)
+    if change == "name":
+        for number in (1, 2, 3):
+            (other / f"frame{number}.png").rename(other / f"frame{10 + number}.png")
+    refused = call(train_depth, *options, "--data_path", other)
+    assert_one_line(refused, "--trains_on", "files", str(run))
+
+
+def test_a_start_from_an_unfinished_run_says_so(unfinished, small_run):
+    _, run = unfinished
+    options = [*frames_run(small_run, "--steps", 1), "--log_dir", run.parent, "--name", "next"]
+    result = call(train_depth, *options, "--init", run, expect=0)
+    assert "of an unfinished run, step 3" in result.out
+    result = call(train_depth, *options, "--init", small_run / "runs" / "run", "--name", "last", expect=0)
+    assert "unfinished" not in result.out
+
+
+def test_other_options_are_refused_without_a_checkpoint(small_run, tmp_path):
+    runs = shutil.copytree(small_run / "runs", tmp_path / "runs")
+    for name in ("last.pt", "last.pt.1"):
+        (runs / "run" / name).unlink(missing_ok=True)
+    options = [*frames_run(small_run, "--steps", 3, "--save_every", 1), "--log_dir", runs]
+    call(train_depth, *options, expect=0)
+    refused = call(train_depth, *options, "--learning_rate", 3e-4)
+    assert_one_line(refused, "--learning_rate", "0.0003 now")
 
 
 # ------------------------------------------------------------ several processes

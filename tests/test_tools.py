@@ -15,7 +15,7 @@ import losses
 import networks
 import utils
 import weights
-from tools import bench, export, prepare_nyu, street, street_view
+from tools import bench, export, prepare_nyu, run_jobs, street, street_view
 
 SIZE = (64, 208)
 TINY = ("--height", 64, "--width", 96, "--batch_size", 2)
@@ -484,3 +484,20 @@ def test_bench_all_goes_on_after_a_failure():
     assert "nowhere" in record["parts"][name]["error"]
     record = run_bench("all", "--only", name, "--limit", 1)
     assert "no time left" in record["parts"][name]["error"]
+
+
+# ---------------------------------------------------------------- tools/run_jobs.py
+
+
+@pytest.mark.parametrize(
+    "line, lacks",
+    (
+        ("python train_depth.py --log_dir runs", "--name"),
+        ("python train_seg.py --name one", "--log_dir"),
+        ("python evaluate.py depth --weights runs/one", "--output"),
+        ("python evaluate.py depth --output runs/one", "--weights"),
+    ),
+)
+def test_a_job_without_a_place_is_refused(line, lacks):
+    with pytest.raises(utils.InputError, match=f"{lacks}.*{line}"):
+        run_jobs.read_job(line)

@@ -7,6 +7,7 @@ compared on an image that is not square, with the source's normalisation and its
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -398,11 +399,38 @@ def test_depth_models_of_others(tmp_path, kind, authors):
     assert segmenter.settings["positions"] == rule
 
 
+def test_hugging_face_tells_kinds_of_depth_anything(tmp_path):
+    """Version 1, whose keys are version 2's, reads the last blocks; metric ones give metres."""
+    source = hugging_face_depth("Depth Anything")
+    source.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["backbone_config"]["out_indices"] = [3, 4, 5, 6]
+    path.write_text(json.dumps(config))
+    for weights_path in (tmp_path, tmp_path / "model.safetensors"):
+        model, _ = weights.load_model(str(weights_path))
+        assert model.encoder.layers == [2, 3, 4, 5]
+    path.write_text(json.dumps({**config, "depth_estimation_type": "metric"}))
+    with pytest.raises(InputError, match="gives metres"):
+        weights.load_model(str(tmp_path))
+
+
+def test_metric_depth_anything_is_told_by_its_name(tmp_path):
+    source = hugging_face_depth("Depth Anything")
+    source.save_pretrained(tmp_path)
+    path = tmp_path / "depth_anything_v2_metric_hypersim_vits.pth"
+    tensors = formats.read_file(str(tmp_path / "model.safetensors"))
+    os.remove(tmp_path / "config.json")
+    torch.save(in_authors_names(tensors), path)
+    with pytest.raises(InputError, match="gives metres"):
+        weights.load_model(str(path))
+
+
 def test_versions_of_depth_anything(tmp_path):
     """Version 1 reads the last blocks. The two have the same keys; the published name tells."""
     source = hugging_face_depth("Depth Anything")
-    source.save_pretrained(tmp_path)
-    tensors = formats.read_file(str(tmp_path / "model.safetensors"))
+    source.save_pretrained(tmp_path / "source")
+    tensors = formats.read_file(str(tmp_path / "source" / "model.safetensors"))
     tensors = in_authors_names(tensors)
     blocks = {"depth_anything_vits14.pth": [2, 3, 4, 5], "depth_anything_v2_vits.pth": [0, 2, 3, 5]}
     for name, expected in blocks.items():

@@ -31,6 +31,7 @@ STATIC = 2.0  # of 255: a target that differs less from a neighbour is near-stat
 NEAR, FAR = 1.0, 100.0  # metres, LiDAR's default range: what lies outside does not train
 SHOWN = 6  # samples on the contact sheet
 DROPPED = 0.1  # a warning above this share
+OFF_CENTRE = 0.06  # share of the width between the principal point and the middle; KITTI's: 0.01
 
 
 def parse_options() -> argparse.Namespace:
@@ -235,6 +236,9 @@ def describe_cameras(report: Report, rows: list[dict], size: tuple) -> None:
             odd[f"a field of view of {angle:.0f} degrees by {row['K_from']}"] += 1
         if not 0.9 < native[0, 0] / native[1, 1] < 1.1:
             odd[f"fx / fy = {native[0, 0] / native[1, 1]:.2f} by {row['K_from']}"] += 1
+        off = native[0, 2] / row["native"][1] - 0.5
+        if abs(off) > OFF_CENTRE:
+            odd[f"a centre {100 * abs(off):.0f} % of the width off by {row['K_from']}"] += 1
     for (line, source), count in cameras.most_common(8):
         print(f"intrinsics: {line}, from {source} ({count})")
     for what, count in odd.items():

@@ -53,7 +53,11 @@ def value(words: list[str], option: str) -> str | None:
 
 def read_job(line: str) -> Job:
     words = shlex.split(line)
-    if "evaluate.py" not in words:
+    evaluates = "evaluate.py" in words
+    for option in ("--weights", "--output") if evaluates else ("--log_dir", "--name"):
+        if not value(words, option):
+            raise utils.InputError(f"a job needs {option}: {line.strip()}")
+    if not evaluates:
         log_dir = Path(value(words, "--log_dir"))
         name = value(words, "--name")
         needs = [Path(value(words, "--init") or "none")]
