@@ -36,11 +36,11 @@ class InputError(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Calls a script's main. Bad input ends in one line and code 2; a defect shows its traceback."""
+    """Calls a script's main. What its user can mend ends in one line and code 2; a defect in a traceback."""
     sys.stdout.reconfigure(line_buffering=True)  # an error comes last, in a log, too
     try:
         sys.exit(main() or 0)
-    except InputError as error:
+    except (InputError, NotADirectoryError, PermissionError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough

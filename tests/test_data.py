@@ -371,17 +371,6 @@ def test_depth_of_a_smaller_sensor_is_taken(tmp_path):
     assert sample["depth"].unique().tolist() == [3.0]
 
 
-def test_the_largest_number_is_no_measurement(tmp_path):
-    """Sensors write 65535 where they measure nothing: in millimetres it would be 65.5 m."""
-    make_data.write_image(tmp_path / "1.jpg")
-    depth = np.full((64, 96), 5000, np.uint16)
-    depth[:20] = 65535
-    make_data.write_array(tmp_path / "depth" / "1.png", depth)
-    sample = read_first("frames", tmp_path, "0", "--fov", "60", with_depth=True)
-    assert sample["depth"][:, :20].unique().tolist() == [0]
-    assert sample["depth"][:, 20:].unique().tolist() == [5]
-
-
 def test_far_depth_is_read_as_it_is_and_does_not_train(tmp_path):
     """Sky at 60000 is 600 m: beyond --max_depth it has no part in the loss."""
     make_data.write_image(tmp_path / "1.jpg")

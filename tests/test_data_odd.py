@@ -15,7 +15,7 @@ from functools import partial
 import make_data
 import numpy as np
 import pytest
-from make_data import DRIVE, clips, intrinsics, labelled, numbered
+from make_data import DRIVE, clips, intrinsics, labelled, numbered, read_first
 from PIL import Image
 
 from utils import InputError
@@ -789,3 +789,14 @@ ODD_LABELS = (
 @pytest.mark.parametrize("odd", ODD_LABELS, ids=[f"{case.data} {case.name}" for case in ODD_LABELS])
 def test_labels(tmp_path, odd):
     odd.check(tmp_path)
+
+
+def test_the_largest_number_is_no_measurement(tmp_path):
+    """Sensors write 65535 where they measure nothing: in millimetres it would be 65.5 m."""
+    make_data.write_image(tmp_path / "1.jpg")
+    depth = np.full((64, 96), 5000, np.uint16)
+    depth[:20] = 65535
+    make_data.write_array(tmp_path / "depth" / "1.png", depth)
+    sample = read_first("frames", tmp_path, "0", "--fov", "60", with_depth=True)
+    assert sample["depth"][:, :20].unique().tolist() == [0]
+    assert sample["depth"][:, 20:].unique().tolist() == [5]

@@ -523,6 +523,27 @@ def test_other_data_are_refused(unfinished, small_run, change):
     assert_one_line(refused, "--trains_on", "files", str(run))
 
 
+@pytest.mark.parametrize(
+    "error",
+    (
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+        PermissionError(13, "Permission denied", "/out"),
+    ),
+)
+def test_what_the_machine_refuses_ends_in_one_line(monkeypatch, small_run, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(train_depth, "make_dataset", fail)
+    assert_one_line(call(train_depth, *frames_run(small_run)), str(error).split()[0])
+
+
+def test_output_below_a_file_is_refused(small_run):
+    file = small_run / "video" / "frame1.png"
+    options = ["--weights", small_run / "runs" / "run", "--output", file / "out"]
+    assert_one_line(call(evaluate, "predict", file, *options), "frame1.png")
+
+
 def test_a_start_from_an_unfinished_run_says_so(unfinished, small_run):
     _, run = unfinished
     options = [*frames_run(small_run, "--steps", 1), "--log_dir", run.parent, "--name", "next"]
