@@ -84,13 +84,16 @@ class Samples(Dataset):
         raise NotImplementedError
 
     def identity(self) -> str:
-        """What tells data apart wherever they lie: number and names of the files, and sizes of three."""
-        paths = self.targets()
+        """Tells data sets apart wherever they lie: number and checksum of the images that train.
+
+        The checksum is of their names and the sizes of the first, the middle and the last.
+        """
+        paths = [os.path.abspath(path) for path in self.targets()]
         root = os.path.commonpath(paths)
         names = [os.path.relpath(path, root) for path in paths]
         sizes = [os.path.getsize(paths[i]) for i in (0, len(paths) // 2, -1)]
         code = zlib.crc32(repr((names, sizes)).encode())
-        return f"{len(paths)} files, {code:08x}"
+        return f"{len(paths)} ({code:08x})"
 
     def read(self, index: int) -> dict[str, Tensor]:
         """A sample before augmentation."""

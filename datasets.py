@@ -61,6 +61,7 @@ from images import (
 from labels import LABELLED, SPLITS, Labelled, read_names
 from utils import InputError, within
 
+DEPTH_READING = 2  # to raise where depth files are read otherwise: a cache decodes them anew
 OTHER_EXTENSIONS = (".webp", ".heic", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".exr")
 Camera = tuple[np.ndarray, Size | None, str]  # K, the size of images it is for, where it is from
 
@@ -232,7 +233,7 @@ class Clips(Samples):
         for sample in self.samples:
             depth = sample["depth"]
             files = self.depth_files(depth)
-            depth_keys.append(f"{os.path.abspath(files[0])} {depth}")
+            depth_keys.append(f"{os.path.abspath(files[0])} {depth} {DEPTH_READING}")
             rows[depth_keys[-1]] = Row(files, partial(self.load_depth, depth))
         depths = Cache(folder, "depth", rows)
         for sample, images, key in zip(self.samples, keys, depth_keys):

@@ -336,22 +336,27 @@ def from_hugging_face_depth_anything(tensors: dict) -> tuple[dict, dict]:
 
 
 def read_depth_anything_config(path: str) -> tuple[bool, bool]:
-    """Whether a Depth Anything is version 1, and whether it is metric: its keys do not tell.
+    """Whether a Depth Anything is version 1, and whether it is metric. Its keys do not tell.
 
-    Hugging Face's config.json beside it does; else version 1's published name, or "metric" in the name.
+    Hugging Face's config.json beside it does; without one, the names of the file and its folder decide.
     """
-    name = os.path.basename(path)
-    version1 = re.fullmatch(r"depth_anything_vit[sbl]14\.\w+", name) is not None
-    metric = "metric" in name
     folder = path if os.path.isdir(path) else os.path.dirname(path)
+    place = os.path.basename(os.path.abspath(folder))
+    names = f"{place}/{os.path.basename(path)}".lower()
+    version1 = bool(re.search(r"depth_anything_vit[sbl]14(\.|/|$)", names))
+    metric = bool(re.search(r"(^|[_/-])metric([_./-]|$)", names))
     config = {}
     with suppress(OSError, ValueError), open(os.path.join(folder, "config.json")) as file:
         config = json.load(file)
-    if isinstance(config, dict) and config.get("model_type") == "depth_anything":
-        metric = config.get("depth_estimation_type") == "metric"
-        blocks = config.get("backbone_config", {}).get("out_indices", [])
-        version1 = len(blocks) == 4 and blocks[3] - blocks[0] == 3  # the last four
-    return version1, metric
+    if not isinstance(config, dict) or config.get("model_type") != "depth_anything":
+        return version1, metric
+    backbone = config.get("backbone_config") or {}
+    blocks = backbone.get("out_indices") or backbone.get("out_features") or []
+    numbers = [int(number) for number in re.findall(r"-?\d+", str(blocks))]
+    version1 = len(numbers) == 4 and numbers[3] - numbers[0] == 3  # the last four
+    kinds = (config.get("depth_estimation_type"), config.get("depth_estimation"))
+    farthest = config.get("max_depth") or 1  # metres; 1 where depth is relative
+    return version1, metric or "metric" in kinds or farthest != 1
 
 
 # Name, the keys that tell (all of them; "in model" is the wrapper), and the function; the first that fits.

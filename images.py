@@ -115,7 +115,7 @@ def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
 def read_scaled_depth(path: str, scale: float) -> np.ndarray:
     """Depth (H, W) in metres of a 16-bit PNG of metres * scale, 0 where it holds 0 or 65535.
 
-    65535 is what sensors write where they measure nothing, or more than 16 bits hold.
+    65535 is what sensors write where they measure nothing, or where the value exceeds 16 bits.
     """
     stored = read_ids(path, DEPTH_MODES)
     stored = np.where(stored == 65535, 0, stored)

@@ -3,9 +3,9 @@
 Images are (B, 3, H, W) in [0, 1]. Depth (B, 1, H, W) is camera z, and disparity is the network's
 sigmoid in (0, 1). Intrinsics K (B, 3, 3) are in pixels, without skew; the centre of the first pixel
 is (0, 0), hence align_corners=True. T (B, 4, 4) maps target-camera to source-camera points.
-A list of outputs starts at full size; its map number s has 1 / 2^s of that. Dots in front of a shape
-are S scales and V sources: stacked, they compile to few kernels. A training loss returns terms,
-scalars of which "loss" trains; those of pre-training also views: detached maps to look at.
+A list of outputs starts at full size; its map number s has 1 / 2^s of that. Leading dots in a shape
+stand for stacked scales (S) and sources (V), which compile to fewer kernels than loops. A training
+loss returns terms, of which "loss" trains; those of pre-training also return views, maps to look at.
 """
 
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ def pixel_grid(image: Tensor) -> tuple[Tensor, Tensor]:
 def project(depth: Tensor, K: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
     """Where the target's pixels land in the source view: (..., B, H, W, 2), x then y.
 
-    depth: (..., B, 1, H, W). Also returns the points' depth z in the source camera, shaped alike.
+    depth: (..., B, 1, H, W). Also returns the points' depth z in the source camera, of that shape.
     """
     # K (R depth K^-1 p + t) = depth (K R) (K^-1 p) + K t, in homogeneous pixels of the source;
     # as sums, which compile to one kernel and stay exact under TF32 and autocast
@@ -147,7 +147,7 @@ def synthesize(source: Tensor, depth: Tensor, K: Tensor, T: Tensor) -> tuple[Ten
 
 # ----------------------------------------------------------------- photometric error, smoothness
 def pad(x: Tensor) -> Tensor:
-    """A map (..., B, C, H, W) with a border of one mirrored pixel."""
+    """A map (..., B, C, H, W) padded by one pixel on each side, by reflection."""
     batch = x.shape[:-3]
     padded = F.pad(x.flatten(0, -4), (1, 1, 1, 1), mode="reflect")
     return padded.unflatten(0, batch)

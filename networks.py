@@ -74,7 +74,7 @@ class Conv3x3(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (1, 1, 1, 1), mode="reflect")
-        if x.is_cuda:  # where padding loses the memory format once it is compiled
+        if x.is_cuda:  # compiled padding drops channels_last
             x = x.contiguous(memory_format=torch.channels_last)
         return self.conv(x)
 

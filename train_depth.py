@@ -239,8 +239,8 @@ def build(args: Namespace, device: torch.device) -> tuple[Objective, str]:
     torch.manual_seed(args.seed)
     objective = Objective(args, device)
     if objective.metric and not args.monodepth2:
-        # a sigmoid starts at twice the nearest depth; start in the middle of the range instead
-        # (their geometric mean has the disparity 1 / (1 + sqrt(max / min)))
+        # a sigmoid starts at twice the nearest depth; start at the geometric mean of the range
+        # instead, whose disparity is 1 / (1 + sqrt(max / min)), the sigmoid of log(min / max) / 2
         networks.set_head_bias(objective.model.decoder, math.log(args.min_depth / args.max_depth) / 2)
     loaded = weights.load_weights(
         objective.model, args.init, args.task, args.init_parts,
@@ -294,7 +294,7 @@ def main() -> int:
     # data
     dataset = make_dataset(args)
     dataset.read(0)  # wrong paths and calibrations show at once
-    args.trains_on = dataset.identity()
+    args.data_files = dataset.identity()
 
     # model
     objective, loaded = build(args, device)

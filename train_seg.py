@@ -212,7 +212,7 @@ def main() -> int:
     val_set = datasets.find_labelled(args, "val")
     val_set.read_all(native_label=True)  # bad files of a small set show at once
     seen = train_set.read_all()
-    args.trains_on = train_set.identity()
+    args.data_files = train_set.identity()
     absent = [name for c, name in enumerate(train_set.classes) if c not in seen]
     window = (args.crop or val_set.size) if args.eval_mode == "slide" else None
 

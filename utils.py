@@ -266,8 +266,8 @@ class Run:
             raise InputError(f"--resume: there is no {self.path('last.pt')}")
         if self.checkpoint is not None:
             self._refuse_other_options(self.checkpoint["args"], vars(defaults))
-        elif self.finished and os.path.exists(self.path("args.json")):
-            with open(self.path("args.json")) as file:
+        elif self.finished:
+            with suppress(OSError, ValueError, KeyError, TypeError), open(self.path("args.json")) as file:
                 self._refuse_other_options(json.load(file)["options"], vars(defaults))
         elif self.writes and not self.finished:
             command = " ".join([script, *sys.argv[1:]])

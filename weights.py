@@ -195,6 +195,8 @@ def load_weights(model: Network, path: str, task: str, parts: str = "all",
         source, state, options = imagenet_checkpoint(model.encoder.name)
     else:
         source, state, options = read_checkpoint(path)
+    if source == "Depth Anything" and read_depth_anything_config(path)[0]:
+        options = {**options, "dpt_layers": "last"}
     adopt_positions(model, options)
     taken = [fit(model.encoder, state["encoder"], "encoder", path)]
     if parts == "all" and "decoder" in state:
@@ -287,7 +289,9 @@ def describe_depth_model(source: str, parts: dict, path: str) -> dict:
     """
     width, _, patch, _ = parts["encoder"]["encoder.conv_proj.weight"].shape
     names = [name for name, shape in VITS.items() if (shape[0], shape[3]) == (patch, width)]
-    version1, metric = read_depth_anything_config(path)
+    version1 = metric = False
+    if source == "Depth Anything":
+        version1, metric = read_depth_anything_config(path)
     if metric:
         raise InputError(f"{path}: a metric model gives metres, not inverse depth: use a relative one")
     side = 384 if source == "DPT" else 518

@@ -129,7 +129,6 @@ def depth_to_disparity(depth, min_depth, max_depth):
     return (1 / depth - 1 / max_depth) / (1 / min_depth - 1 / max_depth)
 
 
-
 def test_disparity_to_depth():
     disparity = torch.tensor([0.0, 0.5, 1.0])
     depth = losses.disparity_to_depth(disparity, 0.5, 50)

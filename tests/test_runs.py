@@ -19,6 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import make_data
 import numpy as np
 import pytest
 import torch
@@ -520,7 +521,7 @@ def test_other_data_are_refused(unfinished, small_run, change):
         for number in (1, 2, 3):
             (other / f"frame{number}.png").rename(other / f"frame{10 + number}.png")
     refused = call(train_depth, *options, "--data_path", other)
-    assert_one_line(refused, "--trains_on", "files", str(run))
+    assert_one_line(refused, "--data_files", str(run))
 
 
 @pytest.mark.parametrize(
@@ -561,6 +562,22 @@ def test_other_options_are_refused_without_a_checkpoint(small_run, tmp_path):
     call(train_depth, *options, expect=0)
     refused = call(train_depth, *options, "--learning_rate", 3e-4)
     assert_one_line(refused, "--learning_rate", "0.0003 now")
+    (runs / "run" / "args.json").write_text("{")  # says nothing
+    assert "finished already" in call(train_depth, *options, expect=0).out
+
+
+def test_identity_of_data_does_not_depend_on_their_place(tmp_path, monkeypatch):
+    write_frames(tmp_path / "one" / "a")
+    write_frames(tmp_path / "one" / "b", 3)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    monkeypatch.chdir(tmp_path)
+    identities = set()
+    for root in ("one", "two/", str(tmp_path / "one")):
+        identities.add(make_data.clips("frames", root).identity())
+    assert len(identities) == 1
+    mixed = make_data.clips("frames", "one")
+    mixed.samples[0]["images"][0] = os.path.abspath(mixed.samples[0]["images"][0])
+    assert {mixed.identity()} == identities
 
 
 # ------------------------------------------------------------ several processes

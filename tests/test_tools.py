@@ -494,6 +494,7 @@ def test_bench_all_goes_on_after_a_failure():
     (
         ("python train_depth.py --log_dir runs", "--name"),
         ("python train_seg.py --name one", "--log_dir"),
+        ("python train_seg.py --log_dir runs --name", "--name"),
         ("python evaluate.py depth --weights runs/one", "--output"),
         ("python evaluate.py depth --output runs/one", "--weights"),
     ),

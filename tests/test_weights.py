@@ -410,20 +410,54 @@ def test_hugging_face_tells_kinds_of_depth_anything(tmp_path):
     for weights_path in (tmp_path, tmp_path / "model.safetensors"):
         model, _ = weights.load_model(str(weights_path))
         assert model.encoder.layers == [2, 3, 4, 5]
-    path.write_text(json.dumps({**config, "depth_estimation_type": "metric"}))
-    with pytest.raises(InputError, match="gives metres"):
-        weights.load_model(str(tmp_path))
+    with pytest.raises(InputError, match="dpt_layers last"):
+        load("dpt", "vit_s14", str(tmp_path))
+    for key, value in (
+        ("depth_estimation_type", "metric"),
+        ("depth_estimation", "metric"),
+        ("max_depth", 20),
+    ):
+        path.write_text(json.dumps({**config, key: value}))
+        with pytest.raises(InputError, match="gives metres"):
+            weights.load_model(str(tmp_path))
 
 
-def test_metric_depth_anything_is_told_by_its_name(tmp_path):
-    source = hugging_face_depth("Depth Anything")
-    source.save_pretrained(tmp_path)
-    path = tmp_path / "depth_anything_v2_metric_hypersim_vits.pth"
-    tensors = formats.read_file(str(tmp_path / "model.safetensors"))
-    os.remove(tmp_path / "config.json")
-    torch.save(in_authors_names(tensors), path)
-    with pytest.raises(InputError, match="gives metres"):
-        weights.load_model(str(path))
+VERSION1 = (True, False)
+VERSION2 = (False, False)
+METRIC = (False, True)
+
+
+@pytest.mark.parametrize(
+    "path, kind",
+    (
+        ("depth_anything_vits14.pth", VERSION1),
+        ("LiheYoung_depth_anything_vitb14.pth", VERSION1),
+        ("depth_anything_vitl14/pytorch_model.bin", VERSION1),
+        ("depth_anything_v2_vits.pth", VERSION2),
+        ("depth_anything_v2_metric_hypersim_vits.pth", METRIC),
+        ("Depth-Anything-V2-Metric-Indoor-Small-hf/model.safetensors", METRIC),
+        ("symmetric/depth_anything_v2_vits.pth", VERSION2),
+    ),
+)
+def test_names_tell_kinds_of_depth_anything(tmp_path, path, kind):
+    assert formats.read_depth_anything_config(str(tmp_path / path)) == kind
+
+
+@pytest.mark.parametrize(
+    "backbone, version1",
+    (
+        ({"out_indices": [9, 10, 11, 12]}, True),
+        ({"out_indices": [3, 6, 9, 12]}, False),
+        ({"out_features": ["stage9", "stage10", "stage11", "stage12"]}, True),
+        ({"out_indices": None}, False),
+        (None, False),
+    ),
+)
+def test_configs_tell_versions_of_depth_anything(tmp_path, backbone, version1):
+    config = {"model_type": "depth_anything", "backbone_config": backbone}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = str(tmp_path / "model.safetensors")
+    assert formats.read_depth_anything_config(path) == (version1, False)
 
 
 def test_versions_of_depth_anything(tmp_path):

@@ -11,7 +11,7 @@ compare   loss and gradients, compiled against eager, both in float32
 loader    samples per second with and without the cache
 real      a short training from the cache, stopped and continued
 schedule  how long the paper's schedules take, from about a minute of steps
-all       what a new GPU has to show, in four minutes; again for what the first time compiled last
+all       what a new GPU has to show, in four minutes; a second run finds what the first compiled
 
 step, seg, compare and schedule train on noise that lies in memory. Options that are not listed
 below are those of the training script.
@@ -538,7 +538,7 @@ def finish_part(process: subprocess.Popen, seconds: float) -> dict:
 
 
 def compile_ahead(parts: dict[str, list[str]], end: float) -> dict[str, dict]:
-    """Runs the first that compile side by side, which fills torch's cache of compiled code on disk.
+    """Runs the first parts that compile side by side, which fills torch's cache of compiled code.
 
     More of them would take longer than --limit. The comparison is done with that; the timings of
     the others are dropped.

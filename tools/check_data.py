@@ -238,7 +238,8 @@ def describe_cameras(report: Report, rows: list[dict], size: tuple) -> None:
             odd[f"fx / fy = {native[0, 0] / native[1, 1]:.2f} by {row['K_from']}"] += 1
         off = native[0, 2] / row["native"][1] - 0.5
         if abs(off) > OFF_CENTRE:
-            odd[f"a centre {100 * abs(off):.0f} % of the width off by {row['K_from']}"] += 1
+            share = f"{100 * abs(off):.0f} % of the width"
+            odd[f"a principal point {share} off the centre by {row['K_from']}"] += 1
     for (line, source), count in cameras.most_common(8):
         print(f"intrinsics: {line}, from {source} ({count})")
     for what, count in odd.items():

@@ -48,7 +48,7 @@ class Job:
 
 def value(words: list[str], option: str) -> str | None:
     """The value of an option, where it is given."""
-    return words[words.index(option) + 1] if option in words else None
+    return words[words.index(option) + 1] if option in words[:-1] else None
 
 
 def read_job(line: str) -> Job:
