@@ -921,12 +921,14 @@ class Frames(Clips):
             place = os.path.relpath(sample["images"][0], self.root)
             by_place[place_key(place)] = sample
         chosen = {}
-        for line in read_lines(split):
+        for line in map(str.strip, read_lines(split)):
             words = line.split()
-            keys = [place_key("/".join(words[:count])) for count in (1, 2)]
+            before_last = line.rsplit(maxsplit=1)  # a folder's name may hold spaces
+            places = (line, "/".join(before_last), words[0], "/".join(words[:2]))
+            keys = [place_key(place) for place in places]
             found = [key for key in keys if key in by_place]
             if not found:
-                raise InputError(f"{split}: {line.strip()!r} is not a frame in {self.root}")
+                raise InputError(f"{split}: {line!r} is not a frame in {self.root}")
             chosen[found[0]] = by_place[found[0]]
         return list(chosen.values())
 

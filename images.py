@@ -66,8 +66,7 @@ def read_image(path: str) -> Tensor:
     is_jpeg = content.startswith(b"\xff\xd8")
     if not is_jpeg and not content.startswith(b"\x89PNG\r\n\x1a\n"):
         raise InputError(f"{path}: neither a JPEG nor a PNG file; {how_to_convert(path)}")
-    last_scan = content.rfind(b"\xff\xda")
-    if is_jpeg and content.rfind(b"\xff\xd9") <= last_scan:  # no end of the image
+    if is_jpeg and not has_end(content):
         raise InputError(f"{path}: the image file is truncated or damaged")
     try:
         with Image.open(io.BytesIO(content)) as header:
@@ -82,6 +81,17 @@ def read_image(path: str) -> Tensor:
         raise InputError(f"{path}: the image is transparent in places; give it a background first")
     colours = torch.from_numpy(pixels[..., :3])
     return colours.permute(2, 0, 1)
+
+
+def has_end(jpeg: bytes) -> bool:
+    """Whether an end follows the start of the image's data.
+
+    A thumbnail before that, and what a phone appends (a video, a map of depth), have ends of their own.
+    """
+    place = 2
+    while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":
+        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")  # one segment
+    return jpeg.find(b"\xff\xd9", place) > 0
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

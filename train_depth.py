@@ -9,6 +9,7 @@ Weights, options, log and pictures go to runs/<name>/; the same command again co
 """
 
 import math
+import os
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 
@@ -67,7 +68,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     add("--arch", choices=("unet", "deeplabv3", "dpt"), default="unet", help="paper: unet")
     add("--encoder", choices=networks.ENCODERS, default="resnet18", help="vit: size and patch")
     add("--output_stride", type=int, choices=(8, 16), default=8, help="of deeplabv3 (Table 5: 16)")
-    add("--init", default="none", help="none, imagenet, a run folder, or a checkpoint file")
+    add("--init", default="none", type=os.path.normpath, help="none, imagenet, a run or a checkpoint")
     add("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -239,8 +240,7 @@ def build(args: Namespace, device: torch.device) -> tuple[Objective, str]:
     torch.manual_seed(args.seed)
     objective = Objective(args, device)
     if objective.metric and not args.monodepth2:
-        # a sigmoid starts at twice the nearest depth; start at the geometric mean of the range
-        # instead, whose disparity is 1 / (1 + sqrt(max / min)), the sigmoid of log(min / max) / 2
+        # start at the range's geometric mean; a fresh sigmoid starts at twice the nearest depth
         networks.set_head_bias(objective.model.decoder, math.log(args.min_depth / args.max_depth) / 2)
     loaded = weights.load_weights(
         objective.model, args.init, args.task, args.init_parts,

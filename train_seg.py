@@ -58,7 +58,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_stride", type=int, choices=(8, 16), default=8, help="of deeplabv3 (Table 5: 16)")
     add("--dpt_layers", choices=("spread", "last"), default="spread",
         help="blocks that DPT reads: spread over the depth, or the last four")
-    add("--init", default="none", help="none, imagenet, a run folder, or a checkpoint file")
+    add("--init", default="none", type=os.path.normpath, help="none, imagenet, a run or a checkpoint")
     add("--init_parts", choices=("encoder", "all"), default="all", help="what --init loads")
     add("--freeze_encoder", action="store_true", help="train the decoder alone")
     add("--calibrate_batch_norm", action="store_true",

@@ -18,6 +18,7 @@ import pytest
 from make_data import DRIVE, clips, intrinsics, labelled, numbered, read_first
 from PIL import Image
 
+from images import read_image
 from utils import InputError
 
 BOTH = "0 -1 1"  # the usual frames of monocular training
@@ -800,3 +801,31 @@ def test_the_largest_number_is_no_measurement(tmp_path):
     sample = read_first("frames", tmp_path, "0", "--fov", "60", with_depth=True)
     assert sample["depth"][:, :20].unique().tolist() == [0]
     assert sample["depth"][:, 20:].unique().tolist() == [5]
+
+
+def test_a_split_names_frames_in_folders_with_spaces(tmp_path):
+    """As PATH and as FOLDER NUMBER."""
+    root = tmp_path / "data"
+    for folder in ("my walk", "other"):
+        make_data.write_frames(root / folder, numbered("{:04d}.png", range(1, 5)))
+    make_data.write_text(root / "intrinsics.txt", "60 60 47.5 31.5")
+    lines = ["my walk/0002.png", "my walk 3", "other 1", "other/0004"]
+    split = make_data.write_text(tmp_path / "split.txt", "\n".join(lines))
+    dataset = clips("frames", root, "0", "--split", split)
+    assert make_data.target_names(dataset) == ["0002.png", "0003.png", "0001.png", "0004.png"]
+
+
+@pytest.mark.parametrize("progressive", (False, True))
+def test_a_jpeg_with_a_video_behind_it(tmp_path, progressive):
+    """As phones write "motion photos"; a cut picture is refused, whatever its thumbnail ends with."""
+    path = tmp_path / "1.jpg"
+    exif = Image.Exif()
+    exif[0x927C] = b"\xff\xd8\xff\xda thumbnail \xff\xd9"
+    picture = Image.fromarray(make_data.picture(64, 96))
+    picture.save(path, quality=90, progressive=progressive, exif=exif)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"ftypmp42 \xff\xda \xff\xd8 \xff\xda")
+    assert read_image(str(path)).shape == (3, 64, 96)
+    path.write_bytes(whole[: 2 * len(whole) // 3])
+    with pytest.raises(InputError, match="truncated"):
+        read_image(str(path))

@@ -524,6 +524,13 @@ def test_other_data_are_refused(unfinished, small_run, change):
     assert_one_line(refused, "--data_files", str(run))
 
 
+def test_a_start_may_end_in_a_slash(unfinished, small_run):
+    _, run = unfinished
+    options = [*frames_run(small_run, "--steps", 1), "--log_dir", run.parent, "--name", "next"]
+    call(train_depth, *options, "--init", run, expect=0)
+    assert "finished already" in call(train_depth, *options, "--init", f"{run}/", expect=0).out
+
+
 @pytest.mark.parametrize(
     "error",
     (
