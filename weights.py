@@ -197,6 +197,8 @@ def load_weights(model: Network, path: str, task: str, parts: str = "all",
         source, state, options = read_checkpoint(path)
     if source == "Depth Anything" and read_depth_anything_config(path)[0]:
         options = {**options, "dpt_layers": "last"}
+    if options.get("normalize_twice"):  # fine-tuning from other runs may do so, as the release does
+        demand_same("normalize_twice", model, options, path)
     adopt_positions(model, options)
     taken = [fit(model.encoder, state["encoder"], "encoder", path)]
     if parts == "all" and "decoder" in state:

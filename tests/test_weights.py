@@ -7,6 +7,7 @@ compared on an image that is not square, with the source's normalisation and its
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -482,3 +483,22 @@ def test_one_decoder_for_all_with_the_last_blocks():
         decoders.append(set(model.decoder.state_dict()))
     assert decoders[0] == decoders[1]
     assert not any(key.startswith("readout") for key in decoders[0])
+
+
+# ------------------------------------------------------------------------------------ our own
+
+
+@pytest.mark.parametrize("trained, used", itertools.product((False, True), repeat=2))
+def test_a_network_that_normalises_twice_is_not_taken_for_another(tmp_path, trained, used):
+    """The release fine-tunes so from networks that normalise once; the other way round is a mistake."""
+    source = networks.build("unet", "resnet18", 2, normalize_twice=trained)
+    parts = {name: part.state_dict() for name, part in source.parts().items()}
+    options = {"task": "segmentation", **source.settings}
+    path = str(tmp_path / "model.pt")
+    torch.save({"options": options, **parts}, path)
+    model = networks.build("unet", "resnet18", 2, normalize_twice=used)
+    if trained and not used:
+        with pytest.raises(InputError, match="--normalize_twice"):
+            weights.load_weights(model, path, "segmentation", "encoder")
+    else:
+        weights.load_weights(model, path, "segmentation", "encoder")
