@@ -91,29 +91,33 @@ def curves_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
     panels = {title: lines for title, lines in lines_of(runs).items() if len(lines) > 1}
     if not panels:
         return None
+    colours = {}  # the same in every row
+    for lines in panels.values():
+        for label in lines:
+            colours.setdefault(label, f"C{len(colours) % 10}")
     figure, axes = pyplot.subplots(
         len(panels), 3, squeeze=False, layout="constrained", figsize=(13, 3.6 * len(panels))
     )
     for row, (title, lines) in zip(axes, panels.items()):
         for axis, (key, name) in zip(row, CURVES.items()):
             for label, members in lines.items():
-                draw_band(axis, [dict(run.points(key)) for run in members], label)
+                curves = [dict(run.points(key)) for run in members]
+                draw_band(axis, curves, label, colours[label])
             axis.set(xlabel="step", ylabel=name)
         row[0].set_title(title, loc="left")
         row[2].legend()
     return figure
 
 
-def draw_band(axis: object, curves: list[dict[int, float]], label: str) -> None:
+def draw_band(axis: object, curves: list[dict[int, float]], label: str, colour: str) -> None:
     """The mean of curves at the steps that all have, and their range."""
     steps = sorted(set.intersection(*map(set, curves)))
     if not steps:
         return
     values = np.array([[curve[step] for step in steps] for curve in curves])
-    (line,) = axis.plot(steps, values.mean(0), marker=".", label=f"{label} ({len(curves)})")
-    axis.fill_between(
-        steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12, linewidth=0
-    )
+    named = f"{label} ({len(curves)})"
+    axis.plot(steps, values.mean(0), marker=".", label=named, color=colour)
+    axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
 
 
 def sizes_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
@@ -172,7 +176,7 @@ def claim_figure(pyplot: ModuleType, claim: Claim, tuned: str) -> object:
             axis.set(title=f"{labels}, {network}", xlabel="mIoU %")
             axis.grid(axis="x", alpha=0.3)
         row[0].set_yticks(range(len(names)), [pretraining_label(init) for init in names])
-        row[0].invert_yaxis()
+        row[0].set_ylim(len(names) - 0.5, -0.5)  # the first on top
     how = (
         "Frozen encoder: only the decoder is trained"
         if tuned == "frozen"
