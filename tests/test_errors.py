@@ -642,7 +642,7 @@ def test_every_number_has_a_range(monkeypatch, script):
     assert parsers
     for parser in parsers:
         for action in parser._actions:
-            if action.type is None or action.choices is not None:
+            if action.type in (None, os.path.normpath) or action.choices is not None:
                 continue
             for text in ODD_NUMBERS:
                 with pytest.raises((argparse.ArgumentTypeError, ValueError)):
