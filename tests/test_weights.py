@@ -488,7 +488,7 @@ def test_one_decoder_for_all_with_the_last_blocks():
 # ------------------------------------------------------------------------------------ our own
 
 
-@pytest.mark.parametrize("trained, used", itertools.product((False, True), repeat=2))
+@pytest.mark.parametrize("trained, used", list(itertools.product((False, True), repeat=2)))
 def test_a_network_that_normalises_twice_is_not_taken_for_another(tmp_path, trained, used):
     """The release fine-tunes so from networks that normalise once; the other way round is a mistake."""
     source = networks.build("unet", "resnet18", 2, normalize_twice=trained)
