@@ -409,19 +409,29 @@ def real_command(options: Namespace) -> dict:
         command += ["--log_dir", str(run.parent), "--name", run.name]
         command += ["--cache", f"{folder}/cache"]
         command += ["--log_every", str(max(1, options.steps // 20))]
-        stopped, _ = run_script(command, stop_when=lambda: len(read_log(run)) > 6)
+        stopped, errors = run_script(command, stop_when=lambda: len(read_log(run)) > 6)
+        if not read_log(run):
+            raise InputError(f"train_depth.py ended with code {stopped}: {errors}")
+        print(f"stopped with code {stopped}: {summary(describe_log(read_log(run)))}", flush=True)
         continued, errors = run_script(command)
-        log = read_log(run)
-    if not log:
-        raise InputError(f"train_depth.py ended with code {continued}: {errors}")
-    late = log[len(log) // 2 :]  # without warming up
+        record = describe_log(read_log(run))
+    if continued:
+        raise InputError(f"train_depth.py, continued, ended with code {continued}: {errors}")
+    return {
+        "device": describe_device(chosen_device(options)),
+        "exit_code_stopped": stopped,
+        "exit_code_continued": continued,
+        **record,
+    }
+
+
+def describe_log(log: list[dict]) -> dict:
+    """The last step and loss, and the time of a step in the later half, which is warm."""
+    late = log[len(log) // 2 :]
     step_ms = float(np.mean([record["ms_per_step"] for record in late]))
     data_ms = float(np.mean([record["ms_data"] for record in late]))
     return {
-        "device": describe_device(chosen_device(options)),
         "steps": log[-1]["step"],
-        "exit_code_stopped": stopped,
-        "exit_code_continued": continued,
         "loss": log[-1]["loss"],
         "ms_per_step": step_ms,
         "waiting_for_data": data_ms / step_ms,
