@@ -923,8 +923,8 @@ class Frames(Clips):
         chosen = {}
         for line in map(str.strip, read_lines(split)):
             words = line.split()
-            before_last = line.rsplit(maxsplit=1)  # a folder's name may hold spaces
-            places = (line, "/".join(before_last), words[0], "/".join(words[:2]))
+            folder_and_number = line.rsplit(maxsplit=1)  # a folder's name may hold spaces
+            places = (line, "/".join(folder_and_number), words[0], "/".join(words[:2]))
             keys = [place_key(place) for place in places]
             found = [key for key in keys if key in by_place]
             if not found:

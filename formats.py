@@ -340,7 +340,7 @@ def read_depth_anything_config(path: str) -> tuple[bool, bool]:
 
     Hugging Face's config.json beside it does; without one, the names of the file and its folder decide.
     """
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    folder = os.path.dirname(path)
     place = os.path.basename(os.path.abspath(folder))
     names = f"{place}/{os.path.basename(path)}".lower()
     version1 = bool(re.search(r"depth_anything_vit[sbl]14(\.|/|$)", names))
@@ -415,6 +415,10 @@ def recognise(path: str, content: dict) -> tuple[str, dict, dict]:
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} looks like {name}, but is not whole: {reason}") from None
+    if name == "Depth Anything":
+        version1, options["metric"] = read_depth_anything_config(path)
+        if version1:
+            options["dpt_layers"] = "last"
     return name, parts, options
 
 

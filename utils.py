@@ -269,7 +269,7 @@ class Run:
         elif self.finished:
             with suppress(OSError, ValueError, KeyError, TypeError), open(self.path("args.json")) as file:
                 self._refuse_other_options(json.load(file)["options"], vars(defaults))
-        elif self.writes and not self.finished:
+        elif self.writes:
             command = " ".join([script, *sys.argv[1:]])
             save_json(self.path("args.json"), {"script": script, "command": command,
                                                "options": vars(args), "torch": torch.__version__})
@@ -297,9 +297,9 @@ class Run:
         for key in sorted((then.keys() | now.keys()) - MAY_CHANGE):
             before = then.get(key, defaults.get(key, now.get(key)))
             after = now.get(key, FIRST_EDITION.get(key, before))
-            same = after in (before, [before]) or json.dumps(after) == json.dumps(before)
+            as_json = json.loads(json.dumps(after))  # lists for tuples
             renewed = before == FIRST_EDITION.get(key) and after == defaults.get(key)
-            if not same and not renewed:
+            if before not in (after, as_json) and after != [before] and not renewed:
                 differing.append(f"--{key} {before} there, {after} now")
         if differing:
             raise InputError(f"{self.folder} is a run with other options ({'; '.join(differing)}): "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders import POSITION_RULES, VITS
-from formats import POSITIONS, imagenet_checkpoint, read_depth_anything_config, read_file, recognise
+from formats import POSITIONS, imagenet_checkpoint, read_file, recognise
 from networks import ARCHITECTURES, ATROUS_RATES, SETTINGS, Network, PoseNet, build, is_head, scale_translation
 from utils import InputError
 
@@ -195,8 +195,6 @@ def load_weights(model: Network, path: str, task: str, parts: str = "all",
         source, state, options = imagenet_checkpoint(model.encoder.name)
     else:
         source, state, options = read_checkpoint(path)
-    if source == "Depth Anything" and read_depth_anything_config(path)[0]:
-        options = {**options, "dpt_layers": "last"}
     if options.get("normalize_twice"):  # fine-tuning from other runs may do so, as the release does
         demand_same("normalize_twice", model, options, path)
     adopt_positions(model, options)
@@ -259,7 +257,9 @@ def load_model(path: str, device="cpu", task: str | None = None) -> tuple[Networ
     """
     source, parts, options = read_checkpoint(path)
     if source in ("DPT", "Depth Anything"):
-        options = {**describe_depth_model(source, parts, path), **options}
+        options = {**describe_depth_model(source, parts), **options}
+        if options["metric"]:
+            raise InputError(f"{path}: a metric model gives metres, not inverse depth: use a relative one")
     if "task" not in options or "decoder" not in parts:
         raise InputError(f"{path} ({source}) is for --init: it holds no whole network trained here")
     if task not in (None, options["task"]):
@@ -284,18 +284,10 @@ def load_model(path: str, device="cpu", task: str | None = None) -> tuple[Networ
     return model.to(device, memory_format=torch.channels_last).eval(), options
 
 
-def describe_depth_model(source: str, parts: dict, path: str) -> dict:
-    """Options of DPT-Large or a Depth Anything, as model.pt would hold them.
-
-    The two versions of Depth Anything differ in the blocks they read, not in their keys.
-    """
+def describe_depth_model(source: str, parts: dict) -> dict:
+    """Options of DPT-Large or a Depth Anything, as model.pt would hold them."""
     width, _, patch, _ = parts["encoder"]["encoder.conv_proj.weight"].shape
     names = [name for name, shape in VITS.items() if (shape[0], shape[3]) == (patch, width)]
-    version1 = metric = False
-    if source == "Depth Anything":
-        version1, metric = read_depth_anything_config(path)
-    if metric:
-        raise InputError(f"{path}: a metric model gives metres, not inverse depth: use a relative one")
     side = 384 if source == "DPT" else 518
     return {
         "task": "depth",
@@ -304,7 +296,7 @@ def describe_depth_model(source: str, parts: dict, path: str) -> dict:
         "metric": False,
         "arch": "dpt",
         "encoder": names[0] if names else f"ViT of width {width}",
-        "dpt_layers": "last" if version1 else "spread",
+        "dpt_layers": "spread",
         "height": side,
         "width": side,
         "min_depth": 0.1,
