@@ -246,7 +246,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def seed_dropout(seed: int, step: int) -> None:
     """What networks draw themselves (DeepLabV3's dropout) follows from seed and step as well."""
-    torch.manual_seed(step_generator(seed, step).initial_seed())
+    jitter = step_generator(seed, step).initial_seed()
+    torch.manual_seed(jitter + 2**31)  # other numbers than jitter's
 
 
 def draw_uniform(count: int, columns: int, generator: torch.Generator) -> Tensor:

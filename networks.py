@@ -310,11 +310,14 @@ class PoseDecoder(nn.Module):
 
 
 class PoseNet(nn.Module):
-    """Relative pose of two frames in temporal order: axis-angle (B, 3) and translation (B, 3)."""
+    """Relative pose of two frames in temporal order: axis-angle (B, 3) and translation (B, 3).
+
+    encoder: the depth network's. As in Monodepth2, a ResNet comes with its like; others with ResNet-18.
+    """
 
     def __init__(self, encoder: str = "resnet18"):
         super().__init__()
-        self.encoder = ResnetEncoder(encoder, stacked=2)
+        self.encoder = ResnetEncoder(encoder if encoder in RESNETS else "resnet18", stacked=2)
         self.decoder = PoseDecoder(self.encoder.channels[-1])
 
     def forward(self, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:

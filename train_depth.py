@@ -164,7 +164,7 @@ class Objective(nn.Module):
         self.model = networks.build(arch, args.encoder, CHANNELS[args.task], scales=(0, 1, 2, 3),
                                     output_stride=args.output_stride)
         self.metric = is_stereo(args) or is_measured(args)  # video alone has no metres
-        self.pose = networks.PoseNet("resnet18") if is_video(args) else None
+        self.pose = networks.PoseNet(args.encoder) if is_video(args) else None
         self.intrinsics = None  # a networks.Intrinsics where K is learned
 
     def parts(self) -> dict[str, nn.Module]:

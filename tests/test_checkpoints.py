@@ -17,6 +17,7 @@ from conftest import smooth_images
 from sources import few_blocks, image_of, load, save, timm_vit, under  # noqa: F401
 
 import networks
+import train_depth
 import weights
 from utils import InputError
 
@@ -177,7 +178,7 @@ def test_senseless_options_are_refused(tmp_path, depth, changed):
 def test_monodepth2_folders(tmp_path):
     """As it saves them: sizes beside the encoder's tensors, and a pose network that comes along."""
     depth = networks.build("unet", "resnet50", 1, (0, 1, 2, 3)).eval()
-    pose = networks.PoseNet()
+    pose = networks.PoseNet("resnet50")
     extra = {
         "height": 64,
         "width": 96,
@@ -195,15 +196,17 @@ def test_monodepth2_folders(tmp_path):
     images = smooth_images(1, 64, 96)
     torch.testing.assert_close(model(images), depth(images))
 
-    other = networks.PoseNet()
-    message = weights.load_weights(model, str(tmp_path), "depth", pose=other)
-    assert message.endswith("encoder 318/318, decoder 28/28, pose_encoder 120/120, pose 8/8")
+    args = train_depth.parse_options(["--encoder", "resnet50"])
+    objective = train_depth.Objective(args, torch.device("cpu"))
+    other = objective.pose
+    message = weights.load_weights(objective.model, str(tmp_path), "depth", pose=other)
+    assert message.endswith("encoder 318/318, decoder 28/28, pose_encoder 318/318, pose 8/8")
     for ours, theirs in zip(other.parameters(), pose.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     partial = {"net.0.weight": pose.decoder.state_dict()["net.0.weight"]}
     torch.save(partial, tmp_path / "pose.pth")
     with pytest.raises(InputError, match="does not fit pose"):
-        weights.load_weights(model, str(tmp_path), "depth", pose=other, min_depth=0.54)
+        weights.load_weights(objective.model, str(tmp_path), "depth", pose=other, min_depth=0.54)
     os.remove(tmp_path / "pose.pth")
     with pytest.raises(InputError, match="belong together"):
         weights.read_checkpoint(str(tmp_path))

@@ -29,7 +29,7 @@ from make_data import (
 import datasets
 import labels
 import losses
-from batches import color_jitter, draw_jitter, draw_patches, train_batches
+from batches import color_jitter, draw_jitter, draw_patches, seed_dropout, train_batches
 from images import read_image, resize_depth, resize_intrinsics
 from tools import check_data
 
@@ -438,6 +438,13 @@ def test_jitter_equals_torchvision():
     expected = functional.adjust_saturation(expected, saturation)
     expected = functional.adjust_hue(expected, hue)
     torch.testing.assert_close(ours, expected, atol=2e-3, rtol=0)
+
+
+def test_dropout_draws_other_numbers_than_jitter():
+    """Both follow from seed and step, and must not follow from each other."""
+    jitter = draw_jitter(6, 3, 17)
+    seed_dropout(3, 17)
+    assert not torch.isclose(torch.rand(6, 5), jitter).any()
 
 
 def test_jitter_draws_are_those_of_the_first_edition():
