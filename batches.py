@@ -86,14 +86,19 @@ class Samples(Dataset):
     def identity(self) -> str:
         """Tells data sets apart wherever they lie: number and checksum of the images that train.
 
-        The checksum is of their names and the sizes of the first, the middle and the last.
+        The checksum is of their names, the sizes of the first, the middle and the last, and of what
+        `geometry` says.
         """
         paths = [os.path.abspath(path) for path in self.targets()]
         root = os.path.commonpath(paths)
         names = [os.path.relpath(path, root) for path in paths]
         sizes = [os.path.getsize(paths[i]) for i in (0, len(paths) // 2, -1)]
-        code = zlib.crc32(repr((names, sizes)).encode())
+        code = zlib.crc32(repr((names, sizes, *self.geometry())).encode())
         return f"{len(paths)} ({code:08x})"
+
+    def geometry(self) -> list:
+        """What is known of the samples beside their images."""
+        return []
 
     def read(self, index: int) -> dict[str, Tensor]:
         """A sample before augmentation."""
@@ -246,8 +251,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def seed_dropout(seed: int, step: int) -> None:
     """What networks draw themselves (DeepLabV3's dropout) follows from seed and step as well."""
-    jitter = step_generator(seed, step).initial_seed()
-    torch.manual_seed(jitter + 2**31)  # other numbers than jitter's
+    torch.manual_seed(seed * 1_000_003 + step + 2**31)  # other numbers than step_generator's
 
 
 def draw_uniform(count: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -268,7 +272,6 @@ def color_jitter(frames: Tensor, draws: Tensor, strength: float = 0.2,
     frames: (B, F, 3, H, W) or (B, 3, H, W) in [0, 1]; draws: (B, 5), a row for all frames of a
     sample. For the networks only: losses compare the frames as they are.
     """
-    draws = draws.to(frames.device, non_blocking=True)
     chosen = draws[:, 0] < probability
     change = 2 * draws[:, 1:] - 1  # (B, 4), from -1 to 1
     brightness = expand(1 + strength * change[:, 0], frames)
@@ -320,7 +323,7 @@ def draw_patches(shape: tuple, seed: int, step: int, kind: str = "rectangles") -
     B = shape[0]
     H, W = shape[-2:]
     generator = step_generator(seed, step)
-    draw_uniform(B, 5, generator)  # the jitter's
+    draw_uniform(B, 5, generator)  # what jitter draws from the same seed
     if kind == "patches":
         most = max(1, math.ceil(0.01 * H * W / 49))
         share = 0.1 + 0.9 * draw_uniform(B, 1, generator)  # of 1 % of the pixels
@@ -356,7 +359,7 @@ def train_batches(dataset: Samples, args: argparse.Namespace, start: int,
     Clips: "frames" (B, F, 3, H, W) in [0, 1], target first, "K" (B, 3, 3), "stereo_T"? (B, 4, 4),
     "depth"? (B, 1, H, W) metres, "camera"? (B,). Labelled images: "image" (B, 3, H, W), "label"
     (B, H, W) int64. Both: "mirrored" (B,) bool, and for the caller "index" (B,), on the CPU, and
-    "waited", the seconds until the files were read.
+    "waited", the seconds that the batch was waited for.
     """
     steps = StepBatches(len(dataset), args.batch_size, args.seed, start, args.steps)
     arrays = on_device(dataset, device)
@@ -453,7 +456,7 @@ def finish(dataset: Samples, args: argparse.Namespace, source: Iterator,
         indices = torch.tensor([index for index, _ in step])
         views = [draw_view(draw, dataset.size, crop, scale) for _, draw in step]
         batch = {key: to_device(value, device) for key, value in batch.items()}
-        if "depth" in batch:
+        if "depth" in batch:  # a cache holds all rows
             batch["depth"] = dataset.keep_rows(batch["depth"])
         batch = augment(batch, views, crop)
         for key in ("frames", "image"):
@@ -525,9 +528,12 @@ class Cache:
             return {}
         try:
             with open(os.path.join(self.folder, "index.json")) as file:
-                return json.load(file)
+                index = json.load(file)
         except (OSError, ValueError):
             raise self.damaged() from None
+        if not isinstance(index, dict):
+            raise self.damaged()
+        return index
 
     def open_array(self) -> Tensor:
         """The array (N, ...) of the index."""
@@ -548,7 +554,7 @@ class Cache:
         for key in missing:
             row = index[key][0] if key in index else len(index)
             index[key] = [row]
-        self.ask_disk(len(missing), len(index) * example.nbytes)
+        self.check_disk_space(len(missing), len(index) * example.nbytes)
         new = f"{self.folder}.new"
         shutil.rmtree(new, ignore_errors=True)
         os.makedirs(new)
@@ -574,7 +580,7 @@ class Cache:
         shutil.rmtree(old, ignore_errors=True)
         self.index = index
 
-    def ask_disk(self, count: int, need: int) -> None:
+    def check_disk_space(self, count: int, need: int) -> None:
         free = shutil.disk_usage(os.path.dirname(self.folder)).free
         print(f"cache: decoding {count} files into {self.folder}, {need / 1e9:.2f} GB of the "
               f"{free / 1e9:.1f} GB that are free")
@@ -600,7 +606,7 @@ class Cache:
 
 
 def file_state(path: str) -> str:
-    """By what a change of a file shows: its size and time."""
+    """What shows that a file has changed: its size and time."""
     try:
         found = os.stat(path)
     except OSError as error:
@@ -610,7 +616,7 @@ def file_state(path: str) -> str:
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """One process at a time opens or writes a cache; after an interruption the old one is back."""
+    """One process at a time opens or writes a cache; after an interruption, the old one is restored."""
     try:
         os.makedirs(os.path.dirname(folder), exist_ok=True)
         lock = open(f"{folder}.lock", "w")  # noqa: SIM115  (closed below)

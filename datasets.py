@@ -61,7 +61,7 @@ from images import (
 from labels import LABELLED, SPLITS, Labelled, read_names
 from utils import InputError, within
 
-DEPTH_READING = 2  # to raise where depth files are read otherwise: a cache decodes them anew
+DEPTH_READING = 2  # raise this when depth files are read differently: caches then decode them again
 OTHER_EXTENSIONS = (".webp", ".heic", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".exr")
 Camera = tuple[np.ndarray, Size | None, str]  # K, the size of images it is for, where it is from
 
@@ -73,7 +73,7 @@ class Clips(Samples):
 
     "images": paths, target first; "K": 3x3, for images of "K_size", or of any if that is None;
     "K_from": its file; "baseline": metres to the other camera with sign, or None; "depth": what
-    `depth_map` reads, or None; "sequence": the camera's folder; "moment": of both cameras.
+    `depth_map` reads, or None; "sequence": the camera's folder; "moment": the same for both cameras.
     """
 
     name: str  # for people
@@ -112,6 +112,15 @@ class Clips(Samples):
 
     def targets(self) -> list[str]:
         return [sample["images"][0] for sample in self.samples]
+
+    def geometry(self) -> list:
+        """Intrinsics, baseline and names of depth files of every sample."""
+        facts = []
+        for sample in self.samples:
+            files = self.depth_files(sample["depth"]) if self.with_depth else ()
+            names = [os.path.basename(file) for file in files]
+            facts.append((np.round(sample["K"], 3).tolist(), sample["baseline"], names))
+        return facts
 
     def depth_map(self, depth: object) -> np.ndarray:
         """Measured depth (h, w) in metres at its own size, 0 = no measurement."""
@@ -628,7 +637,10 @@ class KittiOdometry(KittiRaw):
 
 # ---- one's own frames --------------------------------------------------------------------------
 
-STEREO_WORDS = (("left", "right"), ("cam0", "cam1"), ("image_02", "image_03"))
+OTHER_CAMERA = {  # its word, and the sign of x from this camera's points to its
+    "left": ("right", -1), "cam0": ("cam1", -1), "image_02": ("image_03", -1),
+    "right": ("left", 1), "cam1": ("cam0", 1), "image_03": ("image_02", 1),
+}
 JITTER = 0.4  # of the usual step, by which a frame may be early or late
 
 
@@ -651,7 +663,7 @@ def folders_below(root: str) -> list[str]:
             for name in list_folder(folder):
                 inner = os.path.join(folder, name)
                 is_image = name.lower().endswith(IMAGE_EXTENSIONS)
-                if not is_image and name != "depth" and name[0] != "." and os.path.isdir(inner):
+                if not is_image and name != "depth" and name[0] not in ".@" and os.path.isdir(inner):
                     following.append(inner)
         level = following
     return found
@@ -673,13 +685,14 @@ class Sequence(NamedTuple):
 
 
 def find_other_camera(label: str, by_label: dict[str, Sequence]) -> tuple[Sequence | None, int]:
-    """The other camera of a stereo pair, and the sign of x from this camera's points to its."""
-    for left, right in STEREO_WORDS:
-        for here, there, sign in ((left, right, -1), (right, left, 1)):
-            before, word, after = label.lower().rpartition(here)
-            for other in (before + there + after, label.lower().replace(here, there)):
-                if word and other in by_label:  # the word stands in the file's name alone, or above, too
-                    return by_label[other], sign
+    """The other camera of a stereo pair by the last word in a label (left_turn/right), and a sign."""
+    label = label.lower()
+    here = max(OTHER_CAMERA, key=label.rfind)
+    there, sign = OTHER_CAMERA[here]
+    before, word, after = label.rpartition(here)
+    for other in (before + there + after, label.replace(here, there)):
+        if word and other in by_label:  # the word stands in the file's name alone, or above, too
+            return by_label[other], sign
     return None, 0
 
 
@@ -808,7 +821,8 @@ class Frames(Clips):
             if len(words) != 4 or None in times:
                 raise InputError(f"{file}: a line is TIME FILE TIME FILE, not {line.strip()!r}")
             files = [os.path.join(folder, name) for name in words[1::2]]
-            colour = 1 if "depth" in words[1] else 0
+            if not rows:  # the order of all
+                colour = 1 if pixel_kind(files[0]) == 2 else 0
             depth = (files[1 - colour], scale)
             rows.append((round(1e9 * float(words[2 * colour])), files[colour], depth))
         if not rows:
@@ -832,9 +846,7 @@ class Frames(Clips):
         """Frames A to B - 1 of a sequence as targets."""
         step = usual_step(sequence.numbers)
         other, sign = find_other_camera(sequence.label, by_label)
-        scene = sequence.label.lower()
-        for left, right in STEREO_WORDS:
-            scene = scene.replace(right, left)
+        scene = min(camera.label for camera in (sequence, other) if camera)
         samples = []
         positions = range(len(sequence.paths))
         for position in positions[slice(*frames)]:
@@ -1120,12 +1132,12 @@ def find_data(name: str, path: str | None, registry: dict[str, type]) -> tuple[t
     """Class and root folder of a data set; the synthetic one is rendered where it is missing."""
     if name not in registry:
         raise InputError(f"--data {name}: unknown here, choose from {', '.join(registry)}")
-    path = path or os.path.join("data", name)
+    path = os.path.join("data", name) if path is None else path
     if name == "synthetic" and not os.path.exists(path):
         from tools.street import render
         render(path)
     if not os.path.exists(path):
-        raise InputError(f"{path}: no such folder; give the root of {name} with --data_path "
+        raise InputError(f"{path or repr(path)}: no such folder; give the root of {name} with --data_path "
                          "(README, Data: its layout)")
     if registry[name] is KittiRaw and os.path.isdir(os.path.join(path, "sequences")):
         return KittiOdometry, path
@@ -1152,7 +1164,7 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=parse_range, default=(None, None), metavar="A:B",
         help="only frames A to B - 1 of each drive (KITTI: by number) or folder (counted from 0)")
     add("--split", metavar="FILE",
-        help="list of targets, one a line: DRIVE NUMBER l|r for kitti (or: train, val, test), PATH "
+        help="list of targets, one per line: DRIVE NUMBER l|r for kitti (or: train, val, test), PATH "
              "or FOLDER NUMBER for frames")
     add("--fov", type=within(float, 1, 178),
         help="horizontal field of view in degrees of images without intrinsics; with --intrinsics "

@@ -107,7 +107,10 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
     """A PNG of one channel as it is stored, (H, W): label ids, or 16 bits with DEPTH_MODES."""
-    content = io.BytesIO(read_bytes(path))
+    stored = read_bytes(path)
+    if not stored.startswith(b"\x89PNG"):
+        raise InputError(f"{path}: not a PNG file")
+    content = io.BytesIO(stored)
     try:
         Image.open(content, formats=["PNG"]).verify()
         with Image.open(content) as image:
@@ -115,7 +118,7 @@ def read_ids(path: str, modes: tuple[str, ...] = ("L", "P")) -> np.ndarray:
             values = np.array(image)
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:100]
-        raise InputError(f"{path}: not a PNG file, or a damaged one ({reason})") from None
+        raise InputError(f"{path}: a damaged PNG file ({reason})") from None
     if mode not in modes:
         wanted = " or ".join(modes)
         raise InputError(f"{path}: a PNG of mode {wanted} is expected, this one is {mode}")
@@ -137,7 +140,7 @@ def image_size(path: str) -> Size:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            turned = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
     except Exception:  # noqa: BLE001
         return tuple(read_image(path).shape[1:])  # says what is wrong
     return (width, height) if turned else (height, width)
@@ -157,6 +160,8 @@ def how_to_convert(path: str) -> str:
     """The command that makes images of a file that is not read."""
     name = os.path.basename(path)
     stem, extension = os.path.splitext(name)
+    if extension.lower() in IMAGE_EXTENSIONS:
+        return "give the folder of the images"
     if extension.lower() in VIDEO_EXTENSIONS:
         return f"make frames of it: ffmpeg -i {name} -qscale:v 2 frames/%06d.jpg"
     return f"convert it: ffmpeg -i {name} {stem}.png"
@@ -206,6 +211,32 @@ def read_number(match: re.Match) -> int:
     return int(digits)
 
 
+def read_numbers(matches: list[re.Match]) -> list[int]:
+    """The numbers of a sequence's frames.
+
+    Some programs print 0.091 s after a second as "7.91000000", without leading zeros (ROS:
+    secs, nsecs). Where lengths differ, the reading counts that gives the more even steps.
+    """
+    plain = [read_number(match) for match in matches]
+    parts = [match[0].split(".") for match in matches if match["seconds"]]
+    lengths = {len(fraction) for _, fraction in parts}
+    if len(parts) < len(matches) or len(lengths) == 1:
+        return plain
+    padded = []
+    for seconds, fraction in parts:
+        fraction = fraction.rjust(max(lengths), "0")
+        padded.append(int(seconds + fraction[:9].ljust(9, "0")))
+    return min(plain, padded, key=unevenness)
+
+
+def unevenness(numbers: list[int]) -> float:
+    """By how many of the usual steps all steps between numbers are off."""
+    numbers = sorted(numbers)
+    usual = usual_step(numbers)
+    off = [abs(b - a - usual) for a, b in pairwise(numbers)]
+    return sum(off) / max(usual, 1)
+
+
 def choose_pattern(names: list[str]) -> re.Pattern:
     """NUMBER_OR_DATE, unless what looks like a date is none: a day and a frame number."""
     for name in names:
@@ -244,15 +275,19 @@ def split_sequences(names: list[str]) -> dict[str, list[tuple[int, str]]]:
         place = counting_place([[match[0] for match in matches] for matches, _ in members])
         for matches, name in members:
             label = pattern
-            number = 0
+            counting = None
             if matches:
-                match = matches[place]
-                before = match.string[:match.start()]
-                after = match.string[match.end():]
+                counting = matches[place]
+                before = counting.string[:counting.start()]
+                after = counting.string[counting.end():]
                 label = f"{before}*{number_pattern.sub('*', after)}"
-                number = read_number(match)
-            sequences.setdefault(label, []).append((number, name))
-    return {label: sorted(members) for label, members in sequences.items()}
+            sequences.setdefault(label, []).append((counting, name))
+    numbered = {}
+    for label, members in sequences.items():
+        matches, names = zip(*members)
+        numbers = read_numbers(matches) if None not in matches else [0] * len(names)
+        numbered[label] = sorted(zip(numbers, names))
+    return numbered
 
 
 def usual_step(numbers: list[int]) -> int:
@@ -310,7 +345,7 @@ def read_intrinsics(path: str) -> np.ndarray:
         raise InputError(f"{path}: {error}") from None
     if len(numbers) == 4:
         fx, fy, cx, cy = numbers
-        if abs(fx - cx) < 0.01 * fx < abs(fx - fy):
+        if abs(fx - cx) < 0.01 * fx < abs(fx - fy):  # the third number is like the first
             raise InputError(f"{path}: is {fx:g} {fy:g} {cx:g} {cy:g} in the order fx fy cx cy?")
         numbers = [fx, 0, cx, 0, fy, cy, 0, 0, 1]
     if len(numbers) != 9:
@@ -332,13 +367,15 @@ def check_intrinsics(K: np.ndarray, size: Size, source: str) -> None:
     x = (cx + 0.5) / width
     y = (cy + 0.5) / height
     centred = 0.2 < x < 0.8 and 0.05 < y < 0.95
-    # off by the same share of width and height: of another resolution
-    scaled = abs(x - y) < 0.05 * x and not 0.44 < x < 0.56
+    # off by about the same share of width and height: of another resolution
+    scaled = abs(x - y) < 0.1 * x and not 0.44 < x < 0.56
+    # a field of view between 1 and 169 degrees: in pixels, not in mm
+    focal = 0.05 < fx / width < 50 and 0.05 < fy / height < 50
     # nearer to the middle of the picture when that is turned by 90 degrees: of what EXIF turned
     off = abs(cx - width / 2) + abs(cy - height / 2)
     off_if_turned = abs(cx - height / 2) + abs(cy - width / 2)
     turned = off > 0.1 * width and off_if_turned < 0.5 * off
-    if not np.isfinite(K).all() or min(fx, fy) <= 1 or not centred or scaled or turned:
+    if not (np.isfinite(K).all() and focal and centred) or scaled or turned:
         raise InputError(
             f"{source}: intrinsics must be in pixels of the images, {size_text(size)} and upright, "
             f"not fx {fx:.4g} fy {fy:.4g} cx {cx:.4g} cy {cy:.4g}: of another resolution?")

@@ -3,7 +3,7 @@
 Images are (B, 3, H, W) in [0, 1]. Depth (B, 1, H, W) is camera z, and disparity is the network's
 sigmoid in (0, 1). Intrinsics K (B, 3, 3) are in pixels, without skew; the centre of the first pixel
 is (0, 0), hence align_corners=True. T (B, 4, 4) maps target-camera to source-camera points.
-A list of outputs starts at full size; its map number s has 1 / 2^s of that. Leading dots in a shape
+A list of outputs starts at full size; map s has 1 / 2^s of that size. Leading dots in a shape
 stand for stacked scales (S) and sources (V), which compile to fewer kernels than loops. A training
 loss returns terms, of which "loss" trains; those of pre-training also return views, maps to look at.
 """
@@ -30,7 +30,7 @@ def channel_mean(x: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim=None) -> Tensor:
-    """Mean over `dim`, or over all, of `values` where `mask` is set, or 0 if it is empty."""
+    """Mean of `values` where `mask` is set, over `dim` or over all; 0 where the mask is empty."""
     count = mask.sum(dim).clamp(min=1)
     return (values * mask).sum(dim) / count
 
@@ -203,7 +203,7 @@ def disparity_smoothness(disparity: Tensor, image: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- depth
 @dataclass(frozen=True)
 class PhotometricLoss:
-    """Self-supervised depth, the first term of Eq. (1), as in Monodepth2.
+    """Self-supervised depth, the first term of Eq. (1), as in Monodepth2; no script sets ablations.
 
     automask: pixels that an unmoved source explains at least as well do not train.
     minimum: the best source counts at each pixel; if False, the mean of those that see it.
@@ -231,7 +231,7 @@ class PhotometricLoss:
         Terms: loss, photometric, smoothness, masked (share of pixels that do not train).
         Views, finest scale: depth, warped (B, V, 3, H, W), mask (B, 1, H, W), set where it trains.
         """
-        unmoved = torch.zeros_like(target[:, :1])  # stands where a pixel does not train
+        unmoved = torch.zeros_like(target[:, :1])  # the constant where a pixel does not train
         if self.automask:  # then it is also what a warped source has to beat
             unmoved = self.best_error(torch.stack(sources), target)
 

@@ -176,23 +176,20 @@ class DptDecoder(nn.Module):
     def __init__(self, width: int, stride: int, channels: int, readout: bool):
         super().__init__()
         self.stride = stride
-        sizes, inner = DPT_CHANNELS[width]
+        widths, inner = DPT_CHANNELS[width]
         self.readout = nn.ModuleList()
         if readout:
-            self.readout.extend(nn.Conv2d(2 * width, width, 1) for _ in sizes)
-        self.project = nn.ModuleList(nn.Conv2d(width, size, 1) for size in sizes)
+            self.readout.extend(nn.Conv2d(2 * width, width, 1) for _ in widths)
+        self.project = nn.ModuleList(nn.Conv2d(width, out, 1) for out in widths)
         self.resize = nn.ModuleList(
             [
-                nn.ConvTranspose2d(sizes[0], sizes[0], 4, stride=4),
-                nn.ConvTranspose2d(sizes[1], sizes[1], 2, stride=2),
+                nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
+                nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
                 nn.Identity(),
-                nn.Conv2d(sizes[3], sizes[3], 3, stride=2, padding=1),
+                nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
             ]
         )
-        self.reduce = nn.ModuleList()
-        for size in sizes:
-            conv = nn.Conv2d(size, inner, 3, padding=1, bias=False)
-            self.reduce.append(conv)
+        self.reduce = nn.ModuleList(nn.Conv2d(c, inner, 3, padding=1, bias=False) for c in widths)
         self.skip = nn.ModuleList(ResidualUnit(inner) for _ in range(3))
         self.fuse = nn.ModuleList(ResidualUnit(inner) for _ in range(4))
         self.mix = nn.ModuleList(nn.Conv2d(inner, inner, 1) for _ in range(4))
@@ -243,7 +240,7 @@ def set_head_bias(decoder: nn.Module, value: float) -> None:
 
 
 class Network(nn.Module):
-    """Encoder and decoder. Raw outputs: disparity before the sigmoid, colours or class scores, as trained.
+    """Encoder and decoder. Outputs before any sigmoid or softmax: disparity, colours or class scores.
 
     images: (B, 3, H, W) in [0, 1]. Returns float32 [(B, channels, H / 2^s, W / 2^s)], finest first.
     settings: what `build` was given (SETTINGS).
@@ -287,7 +284,10 @@ class FlowNet(Network):
 
 
 class PoseDecoder(nn.Module):
-    """From the last map of a pose encoder, axis-angle and translation: each (B, predictions, 3)."""
+    """From the last map of a pose encoder, axis-angle and translation: each (B, predictions, 3).
+
+    Monodepth2's makes two predictions, of which the first is used.
+    """
 
     def __init__(self, in_channels: int, predictions: int = 2):
         super().__init__()
@@ -312,7 +312,7 @@ class PoseDecoder(nn.Module):
 class PoseNet(nn.Module):
     """Relative pose of two frames in temporal order: axis-angle (B, 3) and translation (B, 3).
 
-    encoder: the depth network's. As in Monodepth2, a ResNet comes with its like; others with ResNet-18.
+    encoder: the depth network's. As in Monodepth2, pose has the same ResNet; ResNet-18 beside others.
     """
 
     def __init__(self, encoder: str = "resnet18"):
@@ -345,7 +345,7 @@ class Intrinsics(nn.Module):
 
     given, start: (cameras, 3, 3), what the data set says and where to start, for whole images of `size`
     (height, width). Focal lengths stay within a factor of about 3 of the start, their ratio within 10 %,
-    the principal point within a quarter of the image. Only a turning camera shows its focal length.
+    the principal point within a quarter of the image. Focal length shows only where the camera turns.
     """
 
     def __init__(self, given: Tensor, start: Tensor, size: tuple[int, int]):
@@ -406,8 +406,8 @@ def build(arch: str, encoder: str, channels: int, scales: tuple = (0,), **settin
     if encoder == "resnet18" and settings["output_stride"] != 8:
         raise InputError("--output_stride takes --encoder resnet50: ResNet-18 does not dilate")
     if settings["readout"] is None:
-        large = encoder.endswith("16") and settings["dpt_layers"] == "spread"
-        settings["readout"] = arch == "dpt" and large
+        like_dpt_large = encoder.endswith("16") and settings["dpt_layers"] == "spread"
+        settings["readout"] = arch == "dpt" and like_dpt_large
     features = build_encoder(arch, encoder, settings)
     decoder = build_decoder(arch, features, channels, scales, settings)
     decoder.heads = heads
@@ -473,7 +473,7 @@ def check_options(args: argparse.Namespace) -> None:
             nearest = max(step, round(value / step) * step)
             raise InputError(f"--{name} {value} is not a multiple of {step}: try {nearest}")
     if args.arch == "deeplabv3" and args.batch_size < 2:
-        raise InputError("--arch deeplabv3 normalises over the batch, which takes two images")
+        raise InputError("--arch deeplabv3 normalises over the batch, and needs at least two images")
     if args.arch != "deeplabv3" and args.output_stride != 8:
         raise InputError("--output_stride is for --arch deeplabv3")
     if args.arch != "dpt" and vars(args).get("dpt_layers", "spread") != "spread":

@@ -123,7 +123,7 @@ def draw_views(target: Tensor, views: dict, count: int = 4) -> Image.Image:
         columns["flow"] = colour_flow(few["flow"])
     if "warped" in few:
         warped = few["warped"]
-        if warped.dim() == 5:  # of several sources, (B, S, 3, H, W)
+        if warped.dim() == 5:  # of several sources, (B, V, 3, H, W)
             warped = warped[:, 0]
         columns["warped source"] = warped
     if "mask" in few:

@@ -30,10 +30,10 @@ from utils import InputError, within
 
 INTRINSICS_RATE = 30  # learning rate of the intrinsics relative to that of the networks
 CHANNELS = {"depth": 1, "flow": 2, "reconstruction": 3}
-# Monodepth2's range, 0.1 to 100; it takes KITTI's baseline for 0.1, so its unit is 5.4 m
+# Monodepth2's range, 0.1 to 100; it sets KITTI's baseline to 0.1, so its unit is 5.4 m
 RANGES = {"mono": (0.1, 100.0), "stereo": (0.54, 540.0), "mono+stereo": (0.54, 540.0),
           "depth": (1.0, 100.0)}
-# what reads an option that not everything reads: see kind_of
+# which kinds of run (kind_of) read an option that others do not
 READ_BY = {"supervision": RANGES, "min_depth": RANGES, "max_depth": RANGES, "monodepth2": RANGES,
            "smoothness": ("mono", "stereo", "mono+stereo", "flow"),
            "baseline": ("stereo", "mono+stereo"), "intrinsics": ("mono",),
@@ -52,8 +52,8 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
         help="target 0, then source frames (default: 0 -1 1 for mono, 0 -1 for flow, else 0)")
     add("--intrinsics", choices=("given", "learned"), default="given",
         help="learned: estimate each camera's K together with depth and pose (mono only)")
-    add("--crop", type=within(int, 64, 8192), nargs=2,
-        help="height and width of random crops (Table 5, Depth-cropped: 256 256)")
+    add("--crop", type=within(int, 64, 8192), nargs=2, metavar=("H", "W"),
+        help="size of random crops (Table 5, Depth-cropped: 256 256)")
     add("--min_depth", type=within(float, 1e-6), help="default: 0.1; stereo 0.54 m, LiDAR 1 m")
     add("--max_depth", type=within(float, 1e-6), help="default: 100; stereo 540 m, LiDAR 100 m")
     add("--smoothness", type=within(float, 0), help="weight (default: 1e-3; flow 2)")
@@ -77,7 +77,7 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
     add("--learning_rate", type=within(float, 1e-12, 1), default=1e-4, help="paper: 1e-4; flow 5e-5")
     add("--learning_rate_drop", type=within(float, 0, 1), nargs="+", default=[0.75],
         help="shares of the steps at which the rate changes (paper: 0.75)")
-    add("--learning_rate_factor", type=within(float, 0, 100), nargs="+", default=[0.1],
+    add("--learning_rate_factor", type=within(float, 0, 100), nargs="+", default=[0.1], metavar="X",
         help="from each share on, the rate is X * --learning_rate (paper: 0.1)")
     utils.add_run_options(parser)
     utils.add_device_options(parser)
@@ -176,11 +176,8 @@ class Objective(nn.Module):
     def forward(self, batch: dict) -> losses.Results:
         inputs = batch["frames"][:, :len(self.args.frame_ids)]  # no network sees the other camera
         jittered = batches.color_jitter(inputs, batch["jitter"])  # (B, F, 3, H, W)
-        if self.args.task == "flow":
-            return self.flow(jittered, batch)
-        if self.args.task == "reconstruction":
-            return self.reconstruction(jittered, batch)
-        return self.depth(jittered, batch)
+        tasks = {"depth": self.depth, "flow": self.flow, "reconstruction": self.reconstruction}
+        return tasks[self.args.task](jittered, batch)
 
     def depth(self, jittered: Tensor, batch: dict) -> losses.Results:
         """Eq. (1): photometric error across views, or distance to measured depth."""
@@ -195,7 +192,8 @@ class Objective(nn.Module):
         poses = []
         if is_video(args):
             K, poses = self.motion(jittered, batch)
-            sources = list(batch["frames"][:, 1:len(args.frame_ids)].unbind(1))
+            neighbours = batch["frames"][:, 1:len(args.frame_ids)]
+            sources = list(neighbours.unbind(1))
         if is_stereo(args):
             sources.append(batch["frames"][:, -1])
             poses.append(batch["stereo_T"])
@@ -249,12 +247,10 @@ def build(args: Namespace, device: torch.device) -> tuple[Objective, str]:
 
 
 def make_optimizer(args: Namespace, objective: Objective) -> torch.optim.Optimizer:
-    named = list(objective.named_parameters())
-    learned = [parameter for name, parameter in named if name.startswith("intrinsics.")]
-    others = [parameter for name, parameter in named if not name.startswith("intrinsics.")]
-    groups = [{"params": others, "factor": 1}]
-    if learned:
-        groups.append({"params": learned, "factor": INTRINSICS_RATE})
+    both = nn.ModuleList(filter(None, (objective.model, objective.pose)))
+    groups = [{"params": both.parameters(), "factor": 1}]
+    if objective.intrinsics is not None:
+        groups.append({"params": objective.intrinsics.parameters(), "factor": INTRINSICS_RATE})
     return torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
 
 
@@ -325,8 +321,11 @@ def main() -> int:
     stream = batches.train_batches(dataset, args, start, device)
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps,
                      disable=None if run.writes else True):
-        began = time.perf_counter()
-        batch = next(stream)
+        try:
+            batch = next(stream)
+        except InputError:  # a file that cannot be read: what was trained is kept
+            run.save(done, options)
+            raise
         indices = batch.pop("index")
         waited = batch.pop("waited")
         add_draws(batch, args, step)
@@ -348,7 +347,7 @@ def main() -> int:
             metrics.refuse_nonfinite(terms, objective, done, indices)
         optimizer.step()
         if step == start:  # includes compiling
-            tqdm.write(f"first step: {time.perf_counter() - began:.1f} s")
+            tqdm.write(f"first step: {time.perf_counter() - meter.start:.1f} s")
         if run.writes and (step == 0 or saves):
             grid = pictures.draw_views(batch["frames"][:, 0], views)
             grid.save(run.path(f"samples/{done:06d}.png"))
@@ -359,10 +358,11 @@ def main() -> int:
             run.log({"step": done, **record})
             if done > 0.1 * args.steps:
                 metrics.warn_of_trouble(terms, views, trouble)
-        if saves:
-            run.save(done, options, optimizer, objective.parts())
         if last:
             break
+        if saves:
+            run.save(done, options)
+    run.save(done, options)
 
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")

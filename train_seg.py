@@ -141,9 +141,7 @@ def build(args: argparse.Namespace, classes: int, device: torch.device) -> tuple
     objective = Objective(args, classes, device)
     loaded = weights.load_weights(objective.model, args.init, "segmentation", args.init_parts)
     objective.to(device).train()
-    encoder = objective.model.encoder
-    if args.freeze_encoder:
-        encoder.requires_grad_(False)
+    encoder = objective.model.encoder.requires_grad_(not args.freeze_encoder)
     if args.freeze_encoder or args.freeze_batch_norm_only:
         encoder.eval()
     return objective, loaded
@@ -219,10 +217,10 @@ def main() -> int:
     # model
     objective, loaded = build(args, len(train_set.classes), device)
     model = objective.model
-    pretraining = weights.name_pretraining(args.init)
+    args.pretraining = weights.name_pretraining(args.init)
     if args.calibrate_batch_norm:
         calibrate_batch_norm(model.encoder, train_set)
-        pretraining += ", calibrated"
+        args.pretraining += ", calibrated"
     optimizer = make_optimizer(args, model)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -243,8 +241,7 @@ def main() -> int:
     keys = ("arch", "encoder", "height", "width", "crop", "eval_mode", "data", "train_size",
             "split_seed", "leave_out")
     options = {key: getattr(args, key) for key in keys} | model.settings
-    options["task"] = "segmentation"
-    options["classes"] = list(train_set.classes)
+    options |= {"task": "segmentation", "classes": list(train_set.classes)}
     options["colours"] = [list(colour) for colour in train_set.colours]
 
     def evaluate_now(done: int) -> dict:
@@ -261,8 +258,11 @@ def main() -> int:
     stream = batches.train_batches(train_set, args, start, device)
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps,
                      disable=None if run.writes else True):
-        began = time.perf_counter()
-        batch = next(stream)
+        try:
+            batch = next(stream)
+        except InputError:  # a file that cannot be read: what was trained is kept
+            run.save(done, options)
+            raise
         indices = batch.pop("index")
         waited = batch.pop("waited")
         batches.seed_dropout(args.seed, step)
@@ -288,31 +288,31 @@ def main() -> int:
             torch.nn.utils.clip_grad_norm_(trained, args.clip_gradients)
         optimizer.step()
         if step == start:
-            tqdm.write(f"first step: {time.perf_counter() - began:.1f} s")
+            tqdm.write(f"first step: {time.perf_counter() - meter.start:.1f} s")
         if run.writes and (step == 0 or saves):
             prediction = logits.argmax(1)
             grid = pictures.draw_labels(batch["image"], batch["label"], prediction, train_set.colours)
             grid.save(run.path(f"samples/{done:06d}.png"))
         if logs:
-            record = {**meter.record(args.batch_size), "learning_rate": rate}
-            run.log({"step": done, **record})
+            run.log({"step": done, **meter.record(args.batch_size), "learning_rate": rate})
         if run.writes and (done % args.eval_every == 0 or done == args.steps):
             began = time.perf_counter()
             scores = evaluate_now(done)
             meter.start += time.perf_counter() - began  # not a step's time
-        if saves:
-            run.save(done, options, optimizer, model.parts())
         if last:
             break
+        if saves:
+            run.save(done, options)
+    run.save(done, options)
 
     if done < args.steps:
         print(f"stopped at step {done}, saved; the same command continues")
         return utils.STOPPED
     if run.writes:
         scores = scores or evaluate_now(done)  # empty if killed between last.pt and here
-        result = {"step": done, "pretraining": pretraining, **scores}
+        result = {"step": done, "pretraining": args.pretraining, **scores}
         utils.save_json(run.path("result.json"), result)
-        print(f"{pretraining}: mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} %")
+        print(f"{args.pretraining}: mIoU {scores['miou']:.2f} %, P.Acc {scores['pixel_accuracy']:.2f} %")
     return 0
 
 

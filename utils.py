@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 IGNORE = 255  # train id of pixels without a label
 STOPPED = 75  # exit code of a run that a signal stopped with everything saved (EX_TEMPFAIL)
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 COMPILE_FROM = 2000  # steps from which compiling pays on a GPU
 NUMPY_SCALARS = [np._core.multiarray.scalar, np.dtype,
                  *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))]
@@ -36,22 +36,22 @@ class InputError(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Calls a script's main. What its user can mend ends in one line and code 2; a defect in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True)  # an error comes last, in a log, too
+    """Calls a script's main. Bad input and files end in one line and code 2, a defect in a traceback."""
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # an error comes last
     try:
         sys.exit(main() or 0)
-    except (InputError, NotADirectoryError, PermissionError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough
         os._exit(128 + signal.SIGPIPE)
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as lost
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch reports the loaders killed below
         for child in torch.multiprocessing.active_children():
             if child.daemon:
-                child.kill()  # loader processes, which leave other signals to this one
+                child.kill()  # loader processes, which ignore other signals
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,8 +126,7 @@ def prepare(module: nn.Module, args: argparse.Namespace, device: torch.device) -
         ids = [device.index] if device.type == "cuda" else None
         module = nn.parallel.DistributedDataParallel(module, device_ids=ids)
     if compiled:
-        graphs = device.type == "cuda" and processes() == 1
-        mode = "reduce-overhead" if graphs else "default"
+        mode = "reduce-overhead" if device.type == "cuda" and processes() == 1 else "default"
         module = torch.compile(module, mode=mode, dynamic=False)
         print("compiling networks and losses: the first step takes minutes")
     return module
@@ -142,7 +141,7 @@ def join_processes(args: argparse.Namespace) -> None:
         raise InputError(f"--batch_size {args.batch_size} is not a multiple of the {world} processes")
     if args.arch == "deeplabv3" and args.batch_size < 2 * world:
         raise InputError(f"--batch_size {args.batch_size} gives each of {world} processes one image, "
-                         "and DeepLabV3's batch norm takes two")
+                         "and DeepLabV3's batch norm needs two")
     if args.device == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -152,7 +151,7 @@ def join_processes(args: argparse.Namespace) -> None:
     elif args.device != "cpu":
         raise InputError(f"--device {args.device}: torchrun gives each process a GPU; use cuda")
     backend = "gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait for evaluations
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while rank 0 evaluates
     atexit.register(dist.destroy_process_group)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (as long as the process lives)
@@ -197,7 +196,7 @@ def write_atomically(path: str, write: Callable[[BinaryIO], None], keep_old: boo
         with suppress(OSError):
             os.remove(f"{path}.tmp")
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        if not isinstance(cause, OSError):  # a lost loader process may be told of here
+        if not isinstance(cause, OSError):  # a lost loader process may surface here
             raise cause from None
         raise InputError(f"could not write {path}: {cause} (what was there is untouched)") from None
 
@@ -230,7 +229,7 @@ def read_tensors(path: str) -> dict:
     raise InputError(f"{path} is not a readable checkpoint of tensors: {reason}")
 
 # ---- the run folder ----------------------------------------------------------------------------
-# Options with which a run may go on under another value.
+# Options that may differ when a run continues.
 MAY_CHANGE = {"resume", "device", "compile", "num_workers", "log_dir", "log_every", "save_every",
               "cache", "data_path", "tensorboard"}
 # Older runs have options that are gone or renamed; they continue where these had their defaults.
@@ -241,8 +240,7 @@ FIRST_EDITION = {"depth_loss": "l1", "min_motion": 0, "patches": "rectangles",
 class Run:
     """`<log_dir>/<name>`: args.json, log.jsonl, last.pt, model.pt, result.json, samples/.
 
-    Continues a run that has a checkpoint. Raises InputError where its options are not those of
-    this command, and where another process runs in the folder.
+    Continues from its checkpoint; refuses other options, and a folder where a process runs.
     """
 
     def __init__(self, args: argparse.Namespace, script: str, defaults: argparse.Namespace):
@@ -252,12 +250,12 @@ class Run:
         self.folder = os.path.join(args.log_dir, args.name)
         self.writes = rank() == 0
         self.board = None  # a TensorBoard writer
-        self.signalled = False
+        self.signalled = False  # or when the first signal came
         if self.writes:
             self._lock()
         self.finished = all(os.path.exists(self.path(name)) for name in ("result.json", "model.pt"))
         if not self.writes:
-            mean_over_processes(torch.zeros(()))  # waits for rank 0, which puts the folder in order
+            mean_over_processes(torch.zeros(()))  # rank 0 reads first, as it may rename a file
         self.checkpoint = read_last(self.path("last.pt"))
         self.record = (self.checkpoint or {}).get("record", {})  # the last one logged
         if self.writes:
@@ -275,7 +273,8 @@ class Run:
                                                "options": vars(args), "torch": torch.__version__})
         if not self.finished:
             for each in SIGNALS:
-                signal.signal(each, self._on_signal)
+                if signal.getsignal(each) is not signal.SIG_IGN:  # as under nohup
+                    signal.signal(each, self._on_signal)
             if self.writes:
                 self._open_log()
 
@@ -318,9 +317,10 @@ class Run:
             self.board = SummaryWriter(self.folder)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.signalled = True
-        for each in SIGNALS:  # a second one ends at once
-            signal.signal(each, signal.SIG_DFL)
+        self.signalled = self.signalled or time.monotonic()
+        if time.monotonic() > self.signalled + 1:  # a second one, not the first by another way
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def stops(self) -> bool:
         """Whether a signal has come to any process; all of them ask at every step."""
@@ -339,6 +339,8 @@ class Run:
 
     def restore(self, optimizer: torch.optim.Optimizer, parts: dict[str, nn.Module]) -> int:
         """Loads the checkpoint, if any, into networks and optimiser. Returns the steps done."""
+        self.optimizer = optimizer
+        self.parts = parts
         if self.checkpoint is None:
             return 0
         try:
@@ -355,19 +357,18 @@ class Run:
         print(f"continues at step {self.checkpoint['step']}")
         return self.checkpoint["step"]
 
-    def save(self, step: int, options: dict, optimizer: torch.optim.Optimizer,
-             parts: dict[str, nn.Module]) -> None:
+    def save(self, step: int, options: dict) -> None:
         """Writes model.pt, to use, and last.pt, to continue; draws need no state of their own."""
         if not self.writes:
             return
-        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         for name, part in state.items():
             if not all(torch.isfinite(value).all() for value in part.values()):
                 sys.exit(f"stopped: weights of the {name} are not finite after step {step}")
         model = {"options": {**options, "steps": step}, **state}
         os.fsync(self.log_file.fileno())
         last = {"step": step, "args": vars(self.args), "record": self.record,
-                "log_size": self.log_file.tell(), "model": state, "optimizer": optimizer.state_dict()}
+                "log_size": self.log_file.tell(), "model": state, "optimizer": self.optimizer.state_dict()}
         write_atomically(self.path("model.pt"), partial(torch.save, model))
         write_atomically(self.path("last.pt"), partial(torch.save, last), keep_old=True)
 
@@ -393,7 +394,7 @@ def read_last(path: str) -> dict | None:
 
 
 class Meter:
-    """Means of loss terms and the time a step takes between two records; never waits for a GPU."""
+    """Means of loss terms and of the time a step takes; `add` never waits for a GPU, `record` does."""
 
     def __init__(self):
         self.sums = {}
@@ -410,11 +411,10 @@ class Meter:
     def record(self, batch_size: int) -> dict[str, float]:
         """Means per step since the last record."""
         seconds = time.perf_counter() - self.start
-        record = {}
-        for key, value in self.sums.items():
-            record[key] = float(mean_over_processes(value)) / self.steps
+        record = {key: float(mean_over_processes(total)) / self.steps
+                  for key, total in self.sums.items()}
         record["ms_per_step"] = 1000 * seconds / self.steps
         record["samples_per_s"] = batch_size * self.steps / seconds
         record["ms_data"] = 1000 * self.waited / self.steps
-        self.__init__()
+        self.__init__()  # starts again
         return record

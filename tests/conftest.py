@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,3 +356,37 @@ class Runs:
 @pytest.fixture(scope="session")
 def runs(world, shared_folder) -> Runs:
     return Runs(world, shared_folder / "runs")
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    """A folder with video/ and a finished run of three steps, each of them saved, in runs/run/."""
+    import train_depth
+
+    folder = tmp_path_factory.mktemp("small")
+    write_frames(folder / "video", 3, "png")
+    call(train_depth, *frames_run(folder, "--steps", 3, "--save_every", 1), expect=0)
+    return folder
+
+
+@pytest.fixture
+def unfinished(small_run, tmp_path) -> tuple[list, Path]:
+    """Options and folder of a copy of the small run, as if killed before its last checkpoint."""
+    shutil.copytree(small_run / "runs", tmp_path / "runs")
+    run = tmp_path / "runs" / "run"
+    (run / "result.json").unlink()
+    (run / "last.pt.1").replace(run / "last.pt")
+    options = frames_run(small_run, "--steps", 3, "--save_every", 1)
+    return [*options, "--log_dir", tmp_path / "runs"], run
+
+
+def stop_after(step: int, monkeypatch) -> None:
+    """Let a run in this process believe that a signal came at the end of a step: it stops after the next."""
+    log = utils.Run.log
+
+    def log_and_stop(run, record):
+        log(run, record)
+        if record["step"] == step and "loss" in record:
+            run.signalled = True
+
+    monkeypatch.setattr(utils.Run, "log", log_and_stop)

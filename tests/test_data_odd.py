@@ -177,6 +177,47 @@ INDEX_AND_TIME = [f"{i:06d}_{1403636579763555584 + 50_000_000 * i}.jpg" for i in
 EXPOSURES = [f"f{i:04d}_e{100 + 100 * (i % 2)}.jpg" for i in range(12)]
 CHUNKS = [f"chunk{c}_{i:04d}.jpg" for c in range(3) for i in range(5)]
 FORMATS = [f"{i:04d}.{'jpg' if i % 2 else 'png'}" for i in range(12)]
+def ros_times(count: int, unit: int, hertz: int = 30) -> list[str]:
+    """SECONDS.FRACTION.jpg with the fraction as a whole number, as ROS prints a stamp."""
+    names = []
+    for i in range(count):
+        stamp = 1305031102 * unit + unit // 11 + i * unit // hertz
+        seconds, fraction = divmod(stamp, unit)
+        names.append(f"{seconds}.{fraction}.jpg")
+    return names
+
+
+def two_stereo_walks(root) -> None:
+    make_data.write_text(root / "intrinsics.txt", "60 60 47.5 31.5")
+    for walk in ("left_turn", "right_turn"):
+        for side in ("left", "right"):
+            names = numbered("{:04d}.jpg", range(3))
+            make_data.write_frames(root / walk / side, names, intrinsics=None)
+
+
+def depth_in_every_path(root) -> None:
+    """associations.txt, colour first, below a folder whose name says depth."""
+    make_data.write_text(root / "intrinsics.txt", "60 60 47.5 31.5")
+    lines = []
+    for number in range(4):
+        make_data.write_image(root / "depth_cam" / "rgb" / f"{number}.jpg", seed=number)
+        make_data.write_depth(root / "depth_cam" / "depth" / f"{number}.png", 2)
+        time = f"1305031102.{number}"
+        lines.append(f"{time} depth_cam/rgb/{number}.jpg {time} depth_cam/depth/{number}.png")
+    make_data.write_text(root / "associations.txt", "\n".join(lines))
+
+
+def jpeg_as_depth(root) -> None:
+    make_data.write_frames(root, ["1.jpg"])
+    picture = make_data.write_image(root / "depth" / "1.jpg")
+    os.rename(picture, root / "depth" / "1.png")
+
+
+def thumbnails_beside(root) -> None:
+    make_data.write_frames(root, numbered("{:04d}.jpg", range(4)))
+    make_data.write_image(root / "@eaDir" / "0001.jpg" / "THUMB.jpg", 16, 24)
+
+
 PHONE = times("IMG_20240501_{h}{m:02d}{s:02d}.jpg", 20, first=5000, step=100)
 DAY_AND_INDEX = numbered("2024-05-01_{:06d}.jpg", range(50, 71))
 DAY_AND_INDEX_2 = numbered("20240501_{:06d}.jpg", range(95, 110))
@@ -206,6 +247,11 @@ LIST = ("--split", "{root}/list.txt")
     Odd("K of the unturned image", "intrinsics.txt", named("1.jpg", K="60 60 31.5 47.5")),
     Odd("K of half the size", "intrinsics.txt", named("1.jpg", height=128, width=192)),
     Odd("K of 0.8 times the size", "intrinsics.txt", named("1.jpg", height=80, width=120)),
+    Odd("KITTI's K of half the size", "intrinsics.txt", named("1.jpg", K="30 30 23.6 14.8")),
+    Odd("a focal length in millimetres", "intrinsics.txt", named("1.jpg", K="4.2 4.2 47.5 31.5")),
+    Odd("a JPEG as depth", "1.png: not a PNG file$", jpeg_as_depth).has(depth=1),
+    Odd("depth in every path", 4, depth_in_every_path).has(depth=0.4),  # TUM: 5000 per metre
+    Odd("thumbnails beside", 2, thumbnails_beside, BOTH),
     Odd("an off-centre crop", 1, named("1.jpg", K="60 60 47.5 20")),
     Odd("cameras that start apart", 8, stereo(right=range(2, 8)), "0 s", "--baseline", 0.1),
     Odd("two clocks", 12, two_clocks, "0 s", "--baseline", 0.11),
@@ -790,6 +836,29 @@ ODD_LABELS = (
 @pytest.mark.parametrize("odd", ODD_LABELS, ids=[f"{case.data} {case.name}" for case in ODD_LABELS])
 def test_labels(tmp_path, odd):
     odd.check(tmp_path)
+
+
+def test_sources_of_frames_with_unpadded_fractions(tmp_path):
+    """Whole or decimal fractions of a second: neighbours are neighbours in time."""
+    decimal = [f"{1305031102.123456 + i / 30}.jpg" for i in range(60)]
+    for case, stamps in enumerate((ros_times(60, 10**9), ros_times(60, 10**6), decimal)):
+        root = make_data.write_frames(tmp_path / str(case), stamps)
+        found = make_data.names(clips("frames", root, BOTH))
+        assert found == [[stamps[i], stamps[i - 1], stamps[i + 1]] for i in range(1, 59)]
+
+
+def test_pairs_stay_in_their_walk(tmp_path):
+    two_stereo_walks(tmp_path)
+    for sample in clips("frames", tmp_path, "0 s", "--baseline", 0.1).samples:
+        here, there = (os.path.relpath(path, tmp_path).split("/") for path in sample["images"])
+        assert here[0] == there[0] and {here[1], there[1]} == {"left", "right"}
+        assert (sample["baseline"] < 0) == (here[1] == "left")
+
+
+def test_a_picture_or_nothing_as_the_folder_of_frames(tmp_path):
+    picture = make_data.write_image(tmp_path / "1.jpg")
+    make_data.assert_refused("is a file; give the folder", clips, "frames", picture)
+    make_data.assert_refused("'': no such folder", clips, "frames", "")
 
 
 def test_the_largest_number_is_no_measurement(tmp_path):

@@ -19,7 +19,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import make_data
 import numpy as np
 import pytest
 import torch
@@ -36,9 +35,9 @@ from conftest import (
     read_log,
     read_losses,
     read_weights,
+    stop_after,
     truncate,
     write_frames,
-    write_image,
     write_semantics,
 )
 
@@ -178,26 +177,6 @@ def training(kind: str, runs, log_dir: Path) -> tuple[str, str, list]:
     return "train_depth.py", runs.pretrained(kind), runs.pretraining_options(kind, log_dir)
 
 
-@pytest.fixture(scope="session")
-def small_run(tmp_path_factory) -> Path:
-    """A folder with video/ and a finished run of three steps, each of them saved, in runs/run/."""
-    folder = tmp_path_factory.mktemp("small")
-    write_frames(folder / "video", 3, "png")
-    call(train_depth, *frames_run(folder, "--steps", 3, "--save_every", 1), expect=0)
-    return folder
-
-
-@pytest.fixture
-def unfinished(small_run, tmp_path) -> tuple[list, Path]:
-    """Options and folder of a copy of the small run, as if killed before its last checkpoint."""
-    shutil.copytree(small_run / "runs", tmp_path / "runs")
-    run = tmp_path / "runs" / "run"
-    (run / "result.json").unlink()
-    (run / "last.pt.1").replace(run / "last.pt")
-    options = frames_run(small_run, "--steps", 3, "--save_every", 1)
-    return [*options, "--log_dir", tmp_path / "runs"], run
-
-
 # ------------------------------------------------------------ the same bits
 
 
@@ -334,18 +313,6 @@ def test_moments_continue_in_the_memory_format_of_a_gpu(monkeypatch, unfinished)
     assert len(formats) > 50 and all(formats)
 
 
-def stop_after(step: int, monkeypatch) -> None:
-    """Let a run in this process believe that a signal came at the end of a step: it stops after the next."""
-    log = utils.Run.log
-
-    def log_and_stop(run, record):
-        log(run, record)
-        if record["step"] == step and "loss" in record:
-            run.signalled = True
-
-    monkeypatch.setattr(utils.Run, "log", log_and_stop)
-
-
 @pytest.mark.parametrize("kind", ("stereo", "segmentation"))
 def test_a_finished_run_says_so(tmp_path, runs, kind):
     script, reference, options = training(kind, runs, tmp_path)
@@ -359,25 +326,51 @@ def test_a_finished_run_says_so(tmp_path, runs, kind):
 # ------------------------------------------------------------ signals, locks, lost processes
 
 
-@pytest.mark.parametrize("twice", (False, True), ids=("once", "twice"))
-def test_signals_to_the_whole_group(tmp_path, twice):
-    """As Ctrl-C or a scheduler sends them, to loader processes too. A second one ends at once."""
+SIGNALS = {  # name -> the signals, and the seconds before each
+    "Ctrl-C": [(0, signal.SIGINT)],
+    "a scheduler": [(0, signal.SIGTERM)],
+    "a closed terminal": [(0, signal.SIGHUP)],
+    "passed on by a launcher": [(0, signal.SIGTERM), (0.2, signal.SIGTERM)],
+    "Ctrl-C, passed on as another": [(0, signal.SIGINT), (0.2, signal.SIGTERM)],
+    "impatient": [(0, signal.SIGINT), (1.5, signal.SIGTERM)],
+}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signals_to_the_whole_group(tmp_path, name):
+    """To loader processes, too. What comes along with the first is no second one, which ends at once."""
     write_frames(tmp_path / "video", 3)
     # large enough that a step still runs when the second signal comes
-    size = ("--height", 256, "--width", 512) if twice else ()
+    size = ("--height", 512, "--width", 1024) if name == "impatient" else ()
     options = frames_run(tmp_path, "--steps", 1000, "--num_workers", 2, *size)
     process = launch("train_depth.py", options, tmp_path)
     process.wait_for_records(tmp_path / "runs" / "run", 1)
-    os.killpg(process.pid, signal.SIGTERM if twice else signal.SIGINT)
-    if twice:
-        time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGTERM)
+    for pause, number in SIGNALS[name]:
+        time.sleep(pause)
+        os.killpg(process.pid, number)
+    if name == "impatient":
         assert process.wait() == -signal.SIGTERM
     else:
         assert process.wait() == utils.STOPPED, process.text()
         step = utils.read_last(f"{tmp_path}/runs/run/last.pt")["step"]
         assert f"stopped at step {step}" in process.text()
     assert "Traceback" not in process.text()
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path, monkeypatch):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        log = utils.Run.log
+
+        def hang_up(run, record):
+            log(run, record)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+        monkeypatch.setattr(utils.Run, "log", hang_up)
+        write_frames(tmp_path / "video", 3)
+        call(train_depth, *frames_run(tmp_path, "--steps", 2), expect=0)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_two_runs_of_one_name_and_a_lost_loader_process(tmp_path):
@@ -479,112 +472,6 @@ def test_a_clock_set_back_harms_nothing(monkeypatch, unfinished, small_run):
     monkeypatch.setattr(time, "time", lambda: 1.7e9 - 3600 * next(hours))
     call(train_depth, *options, expect=0)
     assert_same_runs(run, small_run / "runs" / "run")
-
-
-# ------------------------------------------------------------ options of a run that continues
-
-
-@pytest.mark.parametrize("module", (train_depth, train_seg))
-def test_a_run_continues_with_its_own_options_only(tmp_path, monkeypatch, module):
-    """Every option of both scripts but those in MAY_CHANGE."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--log_dir", str(tmp_path)])
-    args = module.parse_options()
-    for option, value in vars(args).items():
-        then = {"args": {**vars(args), option: "another"}, "step": 1, "log_size": 0}
-        monkeypatch.setattr(utils, "read_last", lambda *_, then=then, **__: then)
-        if option in utils.MAY_CHANGE:
-            utils.Run(args, "", args)
-        else:
-            words = re.escape(f"--{option} another there, {value} now")
-            with pytest.raises(utils.InputError, match=words):
-                utils.Run(args, "", args)
-
-
-def test_other_options_are_refused_and_moved_data_continue(unfinished, small_run):
-    options, run = unfinished
-    refused = call(train_depth, *options, "--learning_rate", 3e-4, "--num_workers", 1)
-    assert_one_line(refused, "--learning_rate 0.0001 there, 0.0003 now", str(run))
-    assert "num_workers" not in refused.err
-    moved = shutil.copytree(small_run / "video", run.parent / "moved")
-    call(train_depth, *options, "--data_path", f"{moved}/", expect=0)
-    assert_same_runs(run, small_run / "runs" / "run")
-
-
-@pytest.mark.parametrize("change", ("name", "content", "number"))
-def test_other_data_are_refused(unfinished, small_run, change):
-    """A run goes on with moved data, but not with another video, whose run may have its name."""
-    options, run = unfinished
-    other = Path(write_frames(run.parent / "other", 4 if change == "number" else 3, "png"))
-    if change == "content":
-        write_image(other / "frame2.png", seed=9)
-    if change == "name":
-        for number in (1, 2, 3):
-            (other / f"frame{number}.png").rename(other / f"frame{10 + number}.png")
-    refused = call(train_depth, *options, "--data_path", other)
-    assert_one_line(refused, "--data_files", str(run))
-
-
-def test_a_start_may_end_in_a_slash(unfinished, small_run):
-    _, run = unfinished
-    options = [*frames_run(small_run, "--steps", 1), "--log_dir", run.parent, "--name", "next"]
-    call(train_depth, *options, "--init", run, expect=0)
-    assert "finished already" in call(train_depth, *options, "--init", f"{run}/", expect=0).out
-
-
-@pytest.mark.parametrize(
-    "error",
-    (
-        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
-        PermissionError(13, "Permission denied", "/out"),
-    ),
-)
-def test_what_the_machine_refuses_ends_in_one_line(monkeypatch, small_run, error):
-    def fail(*arguments):
-        raise error
-
-    monkeypatch.setattr(train_depth, "make_dataset", fail)
-    assert_one_line(call(train_depth, *frames_run(small_run)), str(error).split()[0])
-
-
-def test_output_below_a_file_is_refused(small_run):
-    file = small_run / "video" / "frame1.png"
-    options = ["--weights", small_run / "runs" / "run", "--output", file / "out"]
-    assert_one_line(call(evaluate, "predict", file, *options), "frame1.png")
-
-
-def test_a_start_from_an_unfinished_run_says_so(unfinished, small_run):
-    _, run = unfinished
-    options = [*frames_run(small_run, "--steps", 1), "--log_dir", run.parent, "--name", "next"]
-    result = call(train_depth, *options, "--init", run, expect=0)
-    assert "of an unfinished run, step 3" in result.out
-    result = call(train_depth, *options, "--init", small_run / "runs" / "run", "--name", "last", expect=0)
-    assert "unfinished" not in result.out
-
-
-def test_other_options_are_refused_without_a_checkpoint(small_run, tmp_path):
-    runs = shutil.copytree(small_run / "runs", tmp_path / "runs")
-    for name in ("last.pt", "last.pt.1"):
-        (runs / "run" / name).unlink(missing_ok=True)
-    options = [*frames_run(small_run, "--steps", 3, "--save_every", 1), "--log_dir", runs]
-    call(train_depth, *options, expect=0)
-    refused = call(train_depth, *options, "--learning_rate", 3e-4)
-    assert_one_line(refused, "--learning_rate", "0.0003 now")
-    (runs / "run" / "args.json").write_text("{")  # says nothing
-    assert "finished already" in call(train_depth, *options, expect=0).out
-
-
-def test_identity_of_data_does_not_depend_on_their_place(tmp_path, monkeypatch):
-    write_frames(tmp_path / "one" / "a")
-    write_frames(tmp_path / "one" / "b", 3)
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    monkeypatch.chdir(tmp_path)
-    identities = set()
-    for root in ("one", "two/", str(tmp_path / "one")):
-        identities.add(make_data.clips("frames", root).identity())
-    assert len(identities) == 1
-    mixed = make_data.clips("frames", "one")
-    mixed.samples[0]["images"][0] = os.path.abspath(mixed.samples[0]["images"][0])
-    assert {mixed.identity()} == identities
 
 
 # ------------------------------------------------------------ several processes
