@@ -16,7 +16,7 @@
 #   bash run_all.sh list table1 pretraining | tr '\n' '\0' | xargs -0 -n 1 -P 4 bash -c
 #   bash -c "$(bash run_all.sh list table1 finetuning | sed -n "${SLURM_ARRAY_TASK_ID}p")"
 #
-# Settings, from the environment:
+# Settings, from the environment; relative paths count from this script's folder:
 #   DATA=synthetic|kitti   SEEDS="0 1 2"   JOBS at a time   RUNS, the folder of runs   PYTHON=python
 #   KITTI (or KITTI_RAW and KITTI_LABELS), CITYSCAPES, NYU (labelled), NYU_RAW (scenes), VOC, ADE20K, CAMVID: roots
 #   STREET, where the street is rendered   SUFFIX=jpg|png of KITTI's frames
@@ -26,7 +26,13 @@
 # shellcheck disable=SC2034,SC2046,SC2086  # settings are words; functions read those of their caller
 # shellcheck disable=SC2329  # called by name
 set -euo pipefail
+shopt -s inherit_errexit  # an error in $(…) ends the script, too
 cd "$(dirname "$0")"
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
 
 # ------------------------------------------------------------------------------------------- settings
 
@@ -44,10 +50,12 @@ SEEDS=${SEEDS:-0 1 2}
 PYTHON=${PYTHON:-python}
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647  # glibc keeps freed memory: faster on a CPU
 
-if [ -n "$PUBLISHED" ] && [ "$DATA" != kitti ]; then
-  echo "error: PUBLISHED=1, Monodepth2's weights, needs DATA=kitti" >&2
-  exit 2
-fi
+case $DATA in
+  synthetic | kitti) ;;
+  *) fail "DATA=$DATA is none of: synthetic kitti" ;;
+esac
+[ -z "$PUBLISHED" ] || [ "$DATA" = kitti ] ||
+  fail "PUBLISHED=1, Monodepth2's weights, needs DATA=kitti"
 
 if [ "$DATA" = synthetic ]; then  # two CPU cores: small, one thread a job
   JOBS=${JOBS:-2} CACHE=${CACHE-$RUNS/cache}
@@ -197,8 +205,10 @@ release() {  # what the authors' release does otherwise, and Monodepth2's start 
 real() {  # the claim: video of one KITTI drive, few labels of KITTI and CamVid, a pre-training for each seed
   local RUNS=$REAL CACHE=$REAL/cache PUBLISHED="" seeds=$SEEDS SEEDS seed_of_video=yes main=stereo
   local video=(--data kitti --data_path "$KITTI_RAW" --drives 2011_09_26_drive_0013_sync)
-  local size depth flow reconstruction batch=${BATCH:-4} tuning
+  local size camvid_size depth flow reconstruction batch=${BATCH:-4} tuning
+  [[ $batch =~ ^[0-9]+$ ]] || fail "BATCH=$batch is no number of images"
   size=$(size_options ${SIZE:-64 192})
+  camvid_size=$(size_options ${CAMVID_SIZE:-96 128})
   depth="--steps ${STEPS:-1000} --batch_size $batch --learning_rate ${RATE:-1e-3} --num_workers 0"
   flow=$depth reconstruction=$depth
   tuning="--steps ${TUNING_STEPS:-300} --learning_rate ${TUNING_RATE:-1e-3} --num_workers 0"
@@ -339,7 +349,7 @@ each() {
 on_real_labels() {
   local of=kitti_ tuning_size=$size labels=(--data kitti --data_path "$KITTI_LABELS")
   each "$1" "$2" unet "$3" 16 "" --leave_out 000018 000019 000020 000021
-  of=camvid_ tuning_size=$(size_options ${CAMVID_SIZE:-96 128}) labels=(--data camvid --data_path "$CAMVID")
+  of=camvid_ tuning_size=$camvid_size labels=(--data camvid --data_path "$CAMVID")
   each "$1" "$2" unet "$3" 16
   each "$1" "$2" unet "$3" 64
 }
@@ -356,7 +366,10 @@ other_domain() {
   done
 }
 
-size_options() { echo "--height $1 --width $2"; }
+size_options() {
+  [[ $* =~ ^[0-9]+\ [0-9]+$ ]] || fail "a size is HEIGHT WIDTH, as in SIZE=\"64 192\", not '$*'"
+  echo "--height $1 --width $2"
+}
 
 # picture COMMAND FILE ENCODER "PRE-TRAINING…": of the first seed's fine-tunings on 16 images
 picture() {
@@ -397,7 +410,7 @@ list() {
   [ -z "$script" ] || set -- "${@:1:$#-1}"
   [ $# -gt 0 ] || set -- $everything
   for name in "$@"; do
-    [[ " $everything " == *" $name "* ]] || { echo "error: '$name' is none of: list $everything" >&2 && exit 2; }
+    [[ " $everything " == *" $name "* ]] || fail "'$name' is none of: list $everything"
   done
   for name in "$@"; do $name; done | awk -v script="${script:- }" 'index($0, script) && !seen[$0]++'
 }
@@ -410,11 +423,15 @@ main() {
     return
   fi
   [ $# -gt 0 ] || set -- core
-  local jobs code=0
+  local jobs code=0 names="$*"
   jobs=$(list "$@")  # refuses an unknown name
   case " $* " in
     " real ") RUNS=$REAL ;;
-    *" real "*) echo "error: real has runs of its own: give it alone" >&2 && exit 2 ;;
+    *" real "*) fail "real has runs of its own: give it alone" ;;
+  esac
+  type -P "$PYTHON" > /dev/null || fail "PYTHON=$PYTHON: no such program"
+  case ${*: -1} in
+    pretraining | finetuning | evaluation) names=${*:1:$#-1} ;;
   esac
   mkdir -p "$RUNS"
   if [ "$DATA" = synthetic ] && [ "$RUNS" != "$REAL" ] && [ ! -e "$STREET" ]; then
@@ -422,7 +439,7 @@ main() {
   fi
   "$PYTHON" tools/run_jobs.py --jobs "$JOBS" <<< "$jobs" || code=$?
   [ $code != 75 ] || exit 75
-  "$PYTHON" tools/tables.py --log_dir "$RUNS" --tables "$@" --page
+  "$PYTHON" tools/tables.py --log_dir "$RUNS" --tables ${names:-$everything} --page
   return $code
 }
 

@@ -514,24 +514,52 @@ def test_every_cell_of_the_paper_has_a_job(kitti):
         assert found >= len(layout.rows)
 
 
-def test_unknown_names_are_refused():
-    for names, word in ((["list", "table9"], "table9"), (["core", "real"], "alone")):
-        done = subprocess.run(
-            ["bash", "run_all.sh", *names], cwd=ROOT, text=True, capture_output=True, check=False
-        )
-        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+REFUSED = (  # arguments, settings, and what the error names
+    ("list table9", {}, "table9"),
+    ("core real", {}, "alone"),
+    ("table1", {"DATA": "synthetic", "PUBLISHED": "1"}, "DATA=kitti"),
+    ("table1", {"DATA": "nyu"}, "DATA=nyu"),
+    ("list table1", {"DATA": "Kitti"}, "DATA=Kitti"),
+    ("core", {"DATA": "kitti_odometry"}, "DATA=kitti_odometry"),
+    ("core", {"DATA": "synthetic kitti"}, "DATA=synthetic kitti"),
+    ("real", {"SIZE": "64x192"}, "64x192"),
+    ("real", {"SIZE": "64"}, "64"),
+    ("list real", {"SIZE": "64 192 3"}, "64 192 3"),
+    ("list real pretraining", {"CAMVID_SIZE": "96x128"}, "96x128"),
+    ("real", {"CAMVID_SIZE": "96 wide"}, "96 wide"),
+    ("real", {"BATCH": "four"}, "BATCH=four"),
+    ("core", {"PYTHON": "no_such_python"}, "PYTHON=no_such_python"),
+    ("core", {"PYTHON": "/no/such/python"}, "PYTHON=/no/such/python"),
+    ("core", {"PYTHON": "list"}, "PYTHON=list"),  # a function of the script
+)
 
 
-def test_published_weights_are_of_kitti():
+@pytest.mark.parametrize(("arguments", "settings", "word"), REFUSED)
+def test_bad_settings_and_names_are_refused(tmp_path, arguments, settings, word):
+    """In one line, before anything is listed or started."""
+    places = {"RUNS": str(tmp_path / "runs"), "REAL": str(tmp_path / "real"), "PYTHON": "true"}
     done = subprocess.run(
-        ["bash", "run_all.sh", "table1"],
+        ["bash", "run_all.sh", *arguments.split()],
         cwd=ROOT,
-        env={**os.environ, "DATA": "synthetic", "PUBLISHED": "1"},
+        env={**os.environ, **places, **settings},
         text=True,
         capture_output=True,
         check=False,
     )
-    assert done.returncode == 2 and "DATA=kitti" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert word in done.stderr
+    assert not done.stdout
+    assert not os.listdir(tmp_path)
+
+
+def test_a_size_of_one_s_own():
+    jobs = list_jobs("real", SEEDS="0", SIZE="96 320", CAMVID_SIZE="128 160")
+    for words in jobs:
+        if words[0] != "evaluate.py":
+            args = parse(words)
+            size = (128, 160) if args.data == "camvid" else (96, 320)
+            assert (args.height, args.width) == size, args.name
 
 
 def test_shell_scripts_pass_shellcheck():
@@ -556,7 +584,7 @@ for word in "$@"; do
   last=$word
 done
 [ "$name" != "$FAIL" ] || {{ echo "no luck"; exit 2; }}
-[ -z "$WAIT" ] || {{ trap 'exit 75' TERM; sleep 20 & wait; }}
+[ -z "$WAIT" ] || {{ trap 'kill $!; exit 75' TERM; sleep 20 & wait; }}
 if [ -n "$output" ]; then
   touch "$output"
 else
@@ -615,6 +643,13 @@ def test_a_failed_job_keeps_only_its_heirs_from_running(fake):
     assert again.returncode == 0 and not again.stderr, again.stdout + again.stderr
     assert "11 of 15 jobs are done already" in again.stdout and "[12/15]" in again.stdout
     assert "core.png" in again.stdout and "my runs/index.html" in again.stdout
+
+
+def test_the_jobs_of_one_stage(fake):
+    """Tables go by the names, not by the stage."""
+    done = run_all(fake, "core", "pretraining")
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    assert "[3/3]" in done.stdout and "my runs/index.html" in done.stdout
 
 
 def test_a_signal_reaches_every_job_and_stops_the_rest(fake):

@@ -18,8 +18,9 @@ from conftest import assert_one_line, call
 from PIL import Image
 
 import train_seg
-from tools import claim, tables
-from tools.runs import read_runs
+import utils
+from tools import claim, report, runs, tables
+from tools.runs import FinishedRun, read_runs
 
 
 def write_run(
@@ -212,6 +213,86 @@ def test_tables_without_runs_are_not_shown(tmp_path):
         assert [row["miou"] for row in csv.DictReader(file)] == ["41.0", "43.0", "40.0"]
 
 
+SETTING = "kitti, resnet18 unet, all, 16 images, 96x64, 100 steps of batch 4 at 0.0001"
+OTHERWISE = {  # an option and another value of it
+    "optimizer": "sgd",
+    "jitter": 0.5,
+    "crop": [64, 64],
+    "leave_out": ["000018", "000019"],
+    "weight_decay": 0.1,
+    "schedule": "poly",
+    "encoder_learning_rate_factor": 0.1,
+    "init": "runs/another",
+    "data_path": "data/another",
+}
+
+
+@pytest.mark.parametrize("option", OTHERWISE)
+def test_other_runs_of_other_options_are_other_rows(tmp_path, option):
+    """The option in which they differ is named; an older run has its default."""
+    value = OTHERWISE[option]
+    for seed in (0, 1):
+        write_run(tmp_path, f"mine_seed{seed}", 40.0 + seed)
+        write_run(tmp_path, f"other_seed{seed}", 50.0 + seed, **{option: value})
+    text = make_tables(tmp_path, "--tables", "other")
+    default = "none" if option == "init" else runs.DEFAULTS[option]
+    first = row_of(text, "Other runs", SETTING, f"None, {option} {default}")
+    second = row_of(text, "Other runs", SETTING, f"None, {option} {value}")
+    assert first[2:4] == ["2", "40.5 ± 0.7"]
+    assert second[2:4] == ["2", "50.5 ± 0.7"]
+
+
+def test_seeds_are_one_row(tmp_path):
+    """Each from a pre-training and images of its own, on any machine; one by an older script."""
+    for seed in (0, 1, 2):
+        write_run(
+            tmp_path,
+            f"mine_seed{seed}",
+            40.0 + seed,
+            init=f"runs/depth_seed{seed}/model.pt",
+            split_seed=seed,
+            data_files=f"16 (0000000{seed})",
+            device=f"cuda:{seed}",
+            num_workers=seed,
+            memory_format="channels_last",  # an option that is gone
+        )
+    older = tmp_path / "mine_seed0" / "args.json"
+    record = json.loads(older.read_text())
+    del record["options"]["memory_format"], record["options"]["split_seed"]
+    older.write_text(json.dumps(record))
+    text = make_tables(tmp_path, "--tables", "other")
+    assert row_of(text, "Other runs", SETTING, "None")[2:4] == ["3", "41.0 ± 1.0"]
+
+
+@pytest.mark.parametrize("option", sorted({*runs.DEFAULTS, *utils.MAY_CHANGE, "data_files"}))
+def test_every_option_that_decides_a_score_tells_runs_apart(option):
+    same = {**runs.DEFAULTS, "init": "none", "data_files": "16 (00000000)"}
+    both = [
+        FinishedRun("one", same, {"pretraining": "None"}),
+        FinishedRun("two", {**same, option: 77}, {"pretraining": "None"}),
+    ]
+    if option == "init":
+        both[1].options["init"] = "runs/77"
+    rows = runs.group_runs(both, lambda run: "all")["all"]
+    costs_time_alone = utils.MAY_CHANGE - {"data_path"}
+    free = option in {"name", "seed", "split_seed", "data_files", *costs_time_alone}
+    assert len(rows) == (1 if free else 2), rows
+    assert free or any(option in label and "77" in label for label in rows)
+
+
+def test_unknown_tables_are_refused(tmp_path):
+    """And what a call has no table for leaves tables.md as it was."""
+    write_run(tmp_path, "my_own_try", 41.0)
+    make_tables(tmp_path)
+    before = (tmp_path / "tables.md").read_text()
+    for names in (("tabel1",), ("table1", "tabel1"), ("pretraining",), ("Table1",), ("",)):
+        result = call(tables, "--log_dir", tmp_path, "--tables", *names)
+        assert_one_line(result, "--tables", f"'{names[-1]}'")
+    make_tables(tmp_path, "--tables", "fig6")  # a picture
+    make_tables(tmp_path, "--tables", "table1")  # without a run
+    assert (tmp_path / "tables.md").read_text() == before
+
+
 def test_training_scores_and_the_best_of_a_grid(tmp_path):
     name = "cityscapes_seg_depth_resnet50_deeplabv3_all_nall_full_seed0"
     folder = write_run(
@@ -242,6 +323,31 @@ def test_damaged_and_empty_folders(tmp_path):
     folder = write_run(tmp_path, "seg_none_resnet18_unet_all_n16_seed0", 40.0)
     (folder / "result.json").write_text("{")
     assert_one_line(call(tables, "--log_dir", tmp_path), str(folder), "damaged")
+
+
+DAMAGED = (
+    ("args.json", "{}"),
+    ("args.json", '{"options": {}}'),
+    ("args.json", '{"options": null}'),
+    ("args.json", '{"options": []}'),
+    ("args.json", '{"options": {"data": "kitti", "seed": 0}}'),
+    ("args.json", "["),
+    ("result.json", "{"),
+    ("result.json", "[]"),
+    ("result.json", '{"miou": 50.0}'),
+    ("log.jsonl", "{"),
+)
+
+
+@pytest.mark.parametrize(("file", "text"), DAMAGED)
+def test_a_damaged_run_is_left_out(tmp_path, file, text):
+    """With a word; the others have their tables."""
+    write_run(tmp_path, "seg_none_resnet18_unet_all_n16_seed0", 40.0)
+    folder = write_run(tmp_path, "seg_none_resnet18_unet_all_n16_seed1", 50.0)
+    (folder / file).write_text(text)
+    result = call(tables, "--log_dir", tmp_path, expect=0)
+    assert result.err == f"left out: {folder}: args.json, result.json or log.jsonl is damaged\n"
+    assert row_of(result.out, "Table 1", "ResNet18", "None")[2:4] == ["1", "40.0 [41.35]"]
 
 
 # ------------------------------------------------------------------------------------ the claim
@@ -482,6 +588,28 @@ def test_curves(table1):
     assert not (table1 / "sizes.png").exists()  # one number of images is no curve
     panels = {run.options["encoder"] for run in read_runs(str(table1))}
     assert panels == {"resnet18", "resnet50"}
+
+
+def test_curves_of_other_options_are_other_lines(tmp_path):
+    for rate in ("5e-9", "5e-8"):
+        for seed in (0, 1):
+            name = f"seg_vit_vit_l16_dpt_all_n16_lr{rate}_seed{seed}"
+            write_run(tmp_path, name, 40.0, encoder_learning_rate_factor=float(rate) / 1e-4)
+    (lines,) = report.lines_of(read_runs(str(tmp_path))).values()
+    assert sorted(map(len, lines.values())) == [2, 2]
+    make_tables(tmp_path, "--figures")
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_sizes_of_other_options_are_other_lines(tmp_path):
+    for images in (8, 16):
+        for seed, jitter in ((0, 0.0), (1, 0.5)):
+            name = f"mine_{images}_jitter{jitter}_seed{seed}"
+            write_run(tmp_path, name, 40.0, train_size=images, batch_size=images, jitter=jitter)
+    figure = report.sizes_figure(report.plotting(), read_runs(str(tmp_path)))
+    (axis,) = figure.axes
+    _, labels = axis.get_legend_handles_labels()
+    assert labels == ["None, jitter 0.0", "None, jitter 0.5"]
 
 
 def test_figures_without_matplotlib(table1, monkeypatch):

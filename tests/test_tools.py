@@ -1,13 +1,19 @@
 """Tools: the synthetic street's geometry, exported networks, NYU's files, measurements."""
 
+import io
 import json
 import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, call, differing, smooth_images
+from conftest import ROOT, Result, assert_one_line, call, differing, smooth_images
 from PIL import Image
 
 import datasets
@@ -502,3 +508,123 @@ def test_bench_all_goes_on_after_a_failure():
 def test_a_job_without_a_place_is_refused(line, lacks):
     with pytest.raises(utils.InputError, match=f"{lacks}.*{line}"):
         run_jobs.read_job(line)
+
+
+@pytest.mark.parametrize(
+    "rest, lacks",
+    (
+        ("--steps 1e3", "--steps"),
+        ("--steps many", "--steps"),
+        ("--steps -100", "--steps"),
+        ("--init 'my run", "quotation"),
+        ('--init "my run', "quotation"),
+        ("--init my\\", "escaped"),
+    ),
+)
+def test_a_line_that_cannot_be_read_is_refused(tmp_path, monkeypatch, rest, lacks):
+    """Before any job starts."""
+    line = f"python train_depth.py --log_dir runs --name one {rest}"
+    result = run_lines(monkeypatch, bash_job(tmp_path, "first", "exit 0"), line)
+    assert_one_line(result, lacks, rest)
+    assert not os.listdir(tmp_path)
+
+
+def bash_job(log_dir: Path, name: str, command: str) -> str:
+    """A line for run_jobs.py that stands for a training."""
+    return f"bash -c {shlex.quote(command)} --log_dir {log_dir} --name {name}"
+
+
+def run_lines(monkeypatch, *lines: str) -> Result:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    return call(run_jobs)
+
+
+def leaves(folder: Path, text: str) -> str:
+    """A command that writes a result."""
+    return f"mkdir -p {folder}; echo '{text}' > {folder}/result.json"
+
+
+@pytest.mark.parametrize("text", (None, "", "{", "3", '{"miou": "high"}'))
+def test_a_job_without_a_result_has_failed(tmp_path, monkeypatch, text):
+    """Though it ends with code 0; the next one runs."""
+    command = "exit 0" if text is None else leaves(tmp_path / "empty", text)
+    good = leaves(tmp_path / "good", '{"miou": 12.34}')
+    lines = (bash_job(tmp_path, "empty", command), bash_job(tmp_path, "good", good))
+    result = run_lines(monkeypatch, *lines)
+    assert_one_line(result, "1 jobs failed")
+    first, second = result.out.splitlines()
+    assert first.startswith(f"[1/2] empty failed: no result in {tmp_path}/empty/result.json")
+    assert second == "[2/2] good mIoU 12.3 %"
+
+
+def test_a_picture_that_is_not_drawn_has_failed(tmp_path, monkeypatch):
+    options = f"--output {tmp_path}/grid.png --weights {tmp_path}/run"
+    result = run_lines(monkeypatch, f"bash -c true evaluate.py {options}")
+    assert_one_line(result, "1 jobs failed")
+    assert "no result in" in result.out
+
+
+def test_a_program_that_does_not_exist_has_failed(tmp_path, monkeypatch):
+    """Neither what starts from its run nor a log that cannot be written stops the queue."""
+    (tmp_path / "file").touch()
+    lines = (
+        f"no_such_program --log_dir {tmp_path} --name first",
+        bash_job(tmp_path, "heir", "exit 0") + f" --init {tmp_path}/first",
+        bash_job(tmp_path / "file", "unlogged", "exit 0"),
+        bash_job(tmp_path, "good", leaves(tmp_path / "good", "{}")),
+    )
+    result = run_lines(monkeypatch, *lines)
+    assert_one_line(result, "3 jobs failed")
+    rows = result.out.splitlines()
+    assert len(rows) == 4
+    assert "first failed to start" in rows[0] and "no_such_program" in rows[0]
+    assert "heir not run" in rows[1]
+    assert "unlogged failed to start" in rows[2]
+    assert rows[3] == "[4/4] good"
+
+
+DIES = "echo ready; for i in {1..300}; do sleep 0.1; done"
+SAVES = f'trap "echo INT" INT; trap "echo TERM; exit 75" TERM; {DIES}'
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT))
+def test_a_job_hears_of_a_signal_once(tmp_path, number):
+    """A terminal sends it to the whole group; "saved" is said of those alone that say so."""
+    lines = (bash_job(tmp_path, "saves", SAVES), bash_job(tmp_path, "dies", DIES))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "run_jobs.py"), "--jobs", "2"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored in the background
+    )
+    process.stdin.write("\n".join(lines))
+    process.stdin.close()
+    process.stdin = None
+    logs = [tmp_path / "logs" / f"{name}.txt" for name in ("saves", "dies")]
+    while not all(log.exists() and "ready" in log.read_text() for log in logs):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75, errors
+    assert logs[0].read_text().split() == ["ready", "TERM"]
+    assert "stopped, saved: saves" in errors
+    assert "stopped, exit code -15: dies" in errors
+
+
+def test_no_job_outlives_the_queue(tmp_path, monkeypatch):
+    """Whatever error it ends by."""
+
+    def broken(job: run_jobs.Job) -> None:
+        raise RuntimeError(job.name)
+
+    lines = (bash_job(tmp_path, "short", "exit 0"), bash_job(tmp_path, "long", "sleep 60"))
+    jobs = [run_jobs.read_job(line) for line in lines]
+    queue = run_jobs.Queue(jobs, 2)
+    monkeypatch.setattr(queue, "finish", broken)
+    with pytest.raises(RuntimeError, match="short"):
+        queue.run()
+    assert jobs[1].process.poll() == -signal.SIGTERM

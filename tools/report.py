@@ -1,7 +1,7 @@
-"""Figures of finished runs and one page with tables, figures and pictures. For tools/tables.py.
+"""What tools/tables.py draws of finished runs, and its page of tables, figures and pictures.
 
-python tools/tables.py --log_dir runs/synthetic --figures     # curves.png, sizes.png, claim_*.png
-python tools/tables.py --log_dir runs/synthetic --page        # index.html
+Not a command of its own: tools/tables.py --figures calls draw_figures (curves.png, sizes.png,
+claim_*.png), and --page calls write_page (index.html).
 """
 
 import json
@@ -18,10 +18,9 @@ from tools.runs import (
     FinishedRun,
     Table,
     deviation,
-    label_of,
+    group_runs,
     network_of,
     pretraining_label,
-    setting_of,
     size_of,
     tuning_of,
 )
@@ -78,12 +77,8 @@ def draw_figures(runs: list[FinishedRun], log_dir: str) -> list[str]:
 
 
 def lines_of(runs: list[FinishedRun]) -> dict[str, dict[str, list[FinishedRun]]]:
-    """Fine-tunings with a curve by setting, then by pre-training."""
-    panels = {}
-    for run in runs:
-        if run.segments and run.points("miou"):
-            panels.setdefault(setting_of(run), {}).setdefault(label_of(run), []).append(run)
-    return panels
+    """Fine-tunings with a curve by setting, then by pre-training and options."""
+    return group_runs([run for run in runs if run.segments and run.points("miou")])
 
 
 def curves_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
@@ -122,14 +117,10 @@ def draw_band(axis: object, curves: list[dict[int, float]], label: str, colour: 
 
 def sizes_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
     """A panel a setting: mIoU over the number of training images, where runs differ in it."""
+    few = [run for run in runs if run.segments and run.options["train_size"]]
     panels = {}
-    for run in runs:
-        if run.segments and run.options["train_size"]:
-            rate = f"{run.options['steps']} steps at {run.options['learning_rate']:g}"
-            facts = [run.options["data"], network_of(run), tuning_of(run), size_of(run), rate]
-            lines = panels.setdefault(", ".join(facts), {})
-            points = lines.setdefault(label_of(run), {})
-            points.setdefault(run.options["train_size"], []).append(score(run))
+    for title, lines in group_runs(few, setting_but_images, ("train_size", "batch_size")).items():
+        panels[title] = {label: scores_by_images(members) for label, members in lines.items()}
     panels = {title: lines for title, lines in panels.items() if max(map(len, lines.values())) > 1}
     if not panels:
         return None
@@ -149,6 +140,20 @@ def sizes_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
         axis.set_title(title, loc="left")
         axis.legend()
     return figure
+
+
+def setting_but_images(run: FinishedRun) -> str:
+    """What a panel of sizes has in common; the batch may be as small as the images are few."""
+    rate = f"{run.options['steps']} steps at {run.options['learning_rate']:g}"
+    facts = [run.options["data"], network_of(run), tuning_of(run), size_of(run), rate]
+    return ", ".join(facts)
+
+
+def scores_by_images(runs: list[FinishedRun]) -> dict[int, list[float]]:
+    scores = {}
+    for run in runs:
+        scores.setdefault(run.options["train_size"], []).append(score(run))
+    return scores
 
 
 def claim_figure(pyplot: ModuleType, claim: Claim, tuned: str) -> object:

@@ -2,8 +2,9 @@
 
     bash run_all.sh list table1 | python tools/run_jobs.py --jobs 2
 
-Reads a command a line. A job with a result is skipped; one that fails keeps only those from running that start
-from it. Output goes to <log_dir>/logs/<name>.txt. Exit codes: 0 all done, 2 some failed, 75 stopped by a signal.
+Reads a command a line. A job with a result is skipped; one that fails keeps only those from running
+that start from it. Output goes to <log_dir>/logs/<name>.txt. A signal is passed on to every job that
+runs, which saves and ends. Exit codes: 0 all done, 2 some failed, 75 stopped by a signal.
 """
 
 import argparse
@@ -52,7 +53,14 @@ def value(words: list[str], option: str) -> str | None:
 
 
 def read_job(line: str) -> Job:
-    words = shlex.split(line)
+    """Raises InputError where a line lacks what the queue reads of it."""
+    try:
+        words = shlex.split(line)
+    except ValueError as error:  # as "No closing quotation"
+        raise utils.InputError(f"a job is no command ({error}): {line.strip()}") from None
+    steps = value(words, "--steps") or "0"
+    if not steps.isdecimal():
+        raise utils.InputError(f"a job needs a whole number of --steps: {line.strip()}")
     evaluates = "evaluate.py" in words
     for option in ("--weights", "--output") if evaluates else ("--log_dir", "--name"):
         if not value(words, option):
@@ -84,19 +92,21 @@ class Queue:
         self.finished = self.total - len(self.waiting)
         self.failed = []
         self.stopped = False
+        self.signalled = False  # until the signal is passed on
         self.seconds = {}  # by script: what finished jobs took, and their sizes
         if self.finished:
             print(f"{self.finished} of {self.total} jobs are done already")
 
     def run(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.stop)
-        while self.running or (self.waiting and not self.stopped):
-            self.start_jobs()
-            for job in [job for job in self.running if job.process.poll() is not None]:
-                self.running.remove(job)
-                self.finish(job)
-            time.sleep(0.1)
+        for number in (*utils.SIGNALS, signal.SIGQUIT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.stop)
+        try:
+            self.work()
+        finally:  # after an error, too, no job stays behind
+            self.end_jobs()
+            for job in self.running:
+                job.process.wait()
         if self.stopped:
             print("stopped; the same command continues", file=sys.stderr)
             return STOPPED
@@ -105,11 +115,26 @@ class Queue:
             return 2
         return 0
 
+    def work(self) -> None:
+        """Until all jobs have ended, or those that run when a signal comes."""
+        while self.running or (self.waiting and not self.stopped):
+            self.start_jobs()
+            if self.signalled:
+                self.signalled = False
+                self.end_jobs()
+            for job in [job for job in self.running if job.process.poll() is not None]:
+                self.running.remove(job)
+                self.finish(job)
+            time.sleep(0.1)
+
     def stop(self, number: int, frame: object) -> None:
-        """Passes a signal on: every run saves and ends."""
         self.stopped = True
+        self.signalled = True
+
+    def end_jobs(self) -> None:
+        """Every run saves and ends."""
         for job in self.running:
-            job.process.send_signal(signal.SIGTERM)
+            job.process.terminate()
 
     def start_jobs(self) -> None:
         """Starts the first jobs whose runs are there, as many as there is room for."""
@@ -128,30 +153,49 @@ class Queue:
         return {job.result.parent for job in jobs if "evaluate.py" not in job.words}
 
     def start(self, job: Job) -> None:
-        job.log.parent.mkdir(parents=True, exist_ok=True)
+        """In a session of its own, so that Ctrl-C in a terminal reaches a job once, through `stop`."""
         job.began = time.monotonic()
-        with open(job.log, "w") as log:
-            job.process = subprocess.Popen(
-                job.words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-            )
-        self.running.append(job)
+        try:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(job.log, "w") as log:
+                job.process = subprocess.Popen(
+                    job.words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:  # no such program, no place for its log
+            self.fail(job, f"failed to start: {error}")
+        else:
+            self.running.append(job)
 
     def finish(self, job: Job) -> None:
         code = job.process.returncode
         if code == STOPPED or (code and self.stopped):
             self.stopped = True
-            print(f"stopped, saved: {job.name}", file=sys.stderr)
+            how = "saved" if code == STOPPED else f"exit code {code}"
+            print(f"stopped, {how}: {job.name}", file=sys.stderr)
         elif code:
             lines = job.log.read_text(errors="replace").splitlines()
             self.fail(
                 job, f"failed with exit code {code}: {lines[-1] if lines else ''} (see {job.log})"
             )
         else:
-            seconds = time.monotonic() - job.began
-            spent, size = self.seconds.get(job.script, (0, 0))
-            self.seconds[job.script] = (spent + seconds, size + job.size)
-            self.finished += 1
-            self.show(f"{job.name} {score_of(job)}", self.time_left())
+            self.succeed(job)
+
+    def succeed(self, job: Job) -> None:
+        """Unless the job has left nothing."""
+        try:
+            score = score_of(job)
+        except (OSError, ValueError, TypeError):
+            self.fail(job, f"failed: no result in {job.result} (see {job.log})")
+            return
+        seconds = time.monotonic() - job.began
+        spent, size = self.seconds.get(job.script, (0, 0))
+        self.seconds[job.script] = (spent + seconds, size + job.size)
+        self.finished += 1
+        self.show(f"{job.name} {score}", self.time_left())
 
     def fail(self, job: Job, reason: str) -> None:
         self.failed.append(job)
@@ -181,10 +225,11 @@ class Queue:
 
 
 def score_of(job: Job) -> str:
-    """What to show of a finished job."""
+    """What to show of a finished job; raises an error where there is nothing to show."""
     if job.result.suffix != ".json":
+        job.result.stat()
         return f"-> {job.result}"
-    result = json.loads(job.result.read_text())
+    result = dict(json.loads(job.result.read_text()))
     if result.get("miou") is not None:
         return f"mIoU {result['miou']:.1f} %"
     return f"abs_rel {result['abs_rel']:.3f}" if "abs_rel" in result else ""

@@ -8,14 +8,24 @@ import json
 import math
 import os
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from utils import InputError
+import train_seg
+from utils import MAY_CHANGE, InputError
 
+# Options without which a run has no place in a table.
+NEEDED = {"data", "encoder", "height", "width", "steps", "batch_size", "learning_rate", "seed"}
+NEEDED_OF_TUNING = {"init", "train_size", "freeze_encoder"}
+# Options in which the runs of one row may differ: seeds, what follows from them, and what leaves
+# the result as it is. Data in another place may be other data.
+FREE = {"name", "seed", "split_seed", "data_files", "pretraining", *MAY_CHANGE} - {"data_path"}
+DEFAULTS = vars(train_seg.parse_options([]))  # of options that an older run does not have
 RELEASE_OPTIONS = ("normalize_twice", "freeze_batch_norm_only")
 PRETRAININGS = {  # how run_all.sh calls them in names of runs, in the order of tables
     "none": "None",
@@ -72,28 +82,41 @@ def read_json(path: Path) -> dict:
 
 
 def read_runs(log_dir: str) -> list[FinishedRun]:
-    """Every finished run directly below a folder; raises InputError where one is damaged."""
+    """Every finished run directly below a folder. Says which are damaged, and leaves them out.
+
+    Raises InputError where no run is left.
+    """
     runs = []
+    damaged = []
     for path in sorted(Path(log_dir).glob("*/result.json")):
-        folder = path.parent
         try:
-            log = folder / "log.jsonl"
-            lines = log.read_text().splitlines() if log.is_file() else []
-            runs.append(
-                FinishedRun(
-                    folder.name,
-                    read_json(folder / "args.json")["options"],
-                    read_json(path),
-                    [json.loads(line) for line in lines],
-                    read_json(folder / "train" / "segmentation.json"),
-                    read_json(folder / "depth.json"),
-                )
-            )
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{folder}: args.json, result.json or log.jsonl is damaged") from None
+            runs.append(read_run(path.parent))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            damaged.append(f"{path.parent}: args.json, result.json or log.jsonl is damaged")
     if not runs:
-        raise InputError(f"{log_dir}: no finished run there yet")
+        raise InputError(damaged[0] if damaged else f"{log_dir}: no finished run there yet")
+    for reason in damaged:
+        print(f"left out: {reason}", file=sys.stderr)
     return runs
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """A finished run; raises one of Python's errors where a file of it is damaged."""
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    run = FinishedRun(
+        folder.name,
+        read_json(folder / "args.json")["options"],
+        read_json(folder / "result.json"),
+        [json.loads(line) for line in lines],
+        read_json(folder / "train" / "segmentation.json"),
+        read_json(folder / "depth.json"),
+    )
+    needed = NEEDED | NEEDED_OF_TUNING if run.segments else NEEDED
+    named = "pretraining" in run.result or not run.segments
+    if not named or needed - run.options.keys():
+        raise KeyError(folder.name)
+    return run
 
 
 def by_stem(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
@@ -173,6 +196,43 @@ def label_of(run: FinishedRun) -> str:
         "imagenet",
     )
     return run.result["pretraining"] + (", encoder only" if encoder_only else "")
+
+
+def settings_of(run: FinishedRun, free: tuple[str, ...] = ()) -> dict:
+    """The options that decide a score, but for seeds and the free ones."""
+    options = {**DEFAULTS, **run.options}
+    options["init"] = re.sub(r"_seed\d+", "", options["init"])  # each seed may have its own
+    return {key: options[key] for key in options.keys() - FREE - set(free)}
+
+
+def differences(settings: dict, others: list[dict]) -> list[str]:
+    """The settings in which some of the others differ, as "optimizer sgd"."""
+    differing = []
+    for key, value in sorted(settings.items()):
+        if any(other.get(key, value) != value for other in others):
+            differing.append(f"{key} {value}")
+    return differing
+
+
+def group_runs(
+    runs: list[FinishedRun],
+    panel: Callable[[FinishedRun], str] = setting_of,
+    free: tuple[str, ...] = (),
+) -> dict[str, dict[str, list[FinishedRun]]]:
+    """Fine-tunings by panel, then by label. Runs under one label differ in seeds and `free` alone.
+
+    Of those that would look alike, the label names the options in which they differ.
+    """
+    alike = {}
+    for run in runs:
+        alike.setdefault((panel(run), label_of(run)), []).append(run)
+    groups = {}
+    for (title, label), members in alike.items():
+        every = [settings_of(run, free) for run in members]
+        for run, settings in zip(members, every):
+            name = ", ".join([label, *differences(settings, every)])
+            groups.setdefault(title, {}).setdefault(name, []).append(run)
+    return groups
 
 
 def mean_of(cell: Cell, key: str = "miou") -> float:

@@ -27,13 +27,13 @@ from tools.runs import (
     FinishedRun,
     Table,
     by_stem,
+    group_runs,
     is_named,
     label_of,
     mean_deviation,
     mean_of,
     pretraining_label,
     read_runs,
-    setting_of,
     shared_facts,
 )
 from utils import Parser, run_main, write_atomically
@@ -424,21 +424,20 @@ def first_step(run: FinishedRun, goal: float) -> int | None:
 
 def other_runs(runs: list[FinishedRun]) -> Table | None:
     """Fine-tunings whose names are none of run_all.sh's, grouped by their options."""
-    groups = {}
-    for run in runs:
-        if run.segments and not is_named(run.name):
-            setting, label = setting_of(run), label_of(run)
-            groups.setdefault((setting, label), {})[run.name] = run
-    rows = [
-        [
-            setting,
-            label,
-            str(len(cell)),
-            mean_deviation(cell, "miou"),
-            mean_deviation(cell, "pixel_accuracy"),
-        ]
-        for (setting, label), cell in sorted(groups.items())
-    ]
+    others = [run for run in runs if run.segments and not is_named(run.name)]
+    rows = []
+    for setting, groups in sorted(group_runs(others).items()):
+        for label, members in sorted(groups.items()):
+            cell = {run.name: run for run in members}
+            rows.append(
+                [
+                    setting,
+                    label,
+                    str(len(cell)),
+                    mean_deviation(cell, "miou"),
+                    mean_deviation(cell, "pixel_accuracy"),
+                ]
+            )
     if not rows:
         return None
     return Table("Other runs", [" ", "pre-training", "runs", "mIoU %", "P.Acc %"], rows)
@@ -450,6 +449,7 @@ LAYOUTS = read_layouts(PAPER)
 # ---------------------------------------------------------------------------------------------- command
 
 NAMES = list(dict.fromkeys(layout.key for layout in LAYOUTS)) + ["fig2", "real", "other"]
+WITHOUT_TABLE = ["fig6"]  # a picture of run_all.sh
 
 
 def make_tables(runs: list[FinishedRun], names: list[str], log_dir: str, gaps: bool) -> list[Table]:
@@ -488,7 +488,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         default=NAMES,
-        help=f"only these of {', '.join(NAMES)}; names without a table are passed over",
+        choices=NAMES + WITHOUT_TABLE,
+        help=f"only these of {', '.join(NAMES)}; {', '.join(WITHOUT_TABLE)} has no table",
     )
     parser.add_argument("--all", action="store_true", help="show missing rows and tables as well")
     parser.add_argument(
@@ -510,9 +511,9 @@ def main() -> int:
     tables = make_tables(runs, args.tables, args.log_dir, args.all)
     text = "\n\n\n".join(table.text() for table in tables)
     print(text)
-    write_atomically(
-        os.path.join(args.log_dir, "tables.md"), lambda file: file.write(f"{text}\n".encode())
-    )
+    if tables:
+        path = os.path.join(args.log_dir, "tables.md")
+        write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
     write_runs(runs, os.path.join(args.log_dir, "tables.csv"))
     draws = args.page and importlib.util.find_spec("matplotlib") is not None
     if args.figures or draws:
