@@ -106,7 +106,8 @@ def add_depth_options(add: Callable) -> None:
         help="KITTI: forward distance of the raw points, the published protocol, or camera z "
              "(auto: the former where every frame has raw points)")
     add("--min_eval", type=within(float, 1e-6), default=1e-3,
-        help="nearest depth in metres; without a crop, of predictions alone, as --max_eval")
+        help="nearest depth that counts, in metres; with --no_crop, it and --max_eval only clip "
+             "predictions")
     add("--max_eval", type=within(float, 1e-6), help="metres (default: 80; NYU 10)")
     add("--no_crop", action="store_true", help="every measured pixel instead of Eigen's crop")
     add("--output", help="folder for depth.json, with the scores of every image")
@@ -293,7 +294,7 @@ def kitti_frames(args: argparse.Namespace, span: tuple, truth: str) -> tuple[str
 def nyu_frames(args: argparse.Namespace, span: tuple, split: str) -> tuple[str, str, Measured]:
     """NYU-v2's labelled images, as tools/prepare_nyu.py writes them."""
     cls, root = datasets.find_data("nyu", args.data_path, datasets.LABELLED)
-    pairs = cls(root, split, height=32, width=32).pairs[slice(*span)]
+    pairs = sorted(cls(root, split, height=32, width=32).pairs)[slice(*span)]
     found = []
     for image, _ in pairs:
         depth = os.path.join(root, "depth", os.path.basename(image))
@@ -347,7 +348,8 @@ def depth_command(args: argparse.Namespace) -> int:
         raise InputError(f"--min_eval {args.min_eval:g} is not below --max_eval {args.max_eval:g}")
     if nyu and (args.drives or args.ground_truth != "auto"):
         raise InputError("--drives and --ground_truth are for KITTI, not for --data nyu")
-    args.crop = None if args.no_crop else "nyu" if nyu else "garg"
+    crop = "nyu" if nyu else "garg"
+    args.crop = None if args.no_crop else crop
     range_text = f"{args.min_eval:g} to {args.max_eval:g} m"
     counted = f"{args.crop} crop, measured depth from {range_text}"
     if args.no_crop:
@@ -425,6 +427,22 @@ def source_offset(options: dict) -> int | None:
     return options.get("frame_ids", (0, -1))[1]
 
 
+def refuse_output(output: str, paths: list[str]) -> None:
+    """Refuses an --output that is an input, or the folder of one, or lies in a folder of inputs.
+
+    There it could replace an image, and would be read as one the next time.
+    """
+    target = Path(output).resolve()
+    for path in paths:
+        source = Path(path).resolve()
+        if source.is_dir():
+            among = target.is_relative_to(source)
+        else:
+            among = target in (source, source.parent)
+        if among:
+            raise InputError(f"--output {output}: the input {path} is there, choose another place")
+
+
 def list_inputs(paths: list[str], offset: int | None = None) -> list[list[str]]:
     """What `predict` takes: every image among `paths` and, in numeric order, of the folders there.
 
@@ -452,7 +470,7 @@ def list_inputs(paths: list[str], offset: int | None = None) -> list[list[str]]:
 def read_inputs(inputs: list[list[str]], bad: set[str]) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """First path and images of each input that can be read; the others are named, once.
 
-    bad: the files that could not be read, which it fills.
+    bad: collects the files that could not be read.
     """
     for paths in tqdm(inputs, disable=None):
         if not bad.isdisjoint(paths):
@@ -467,7 +485,7 @@ def read_inputs(inputs: list[list[str]], bad: set[str]) -> Iterator[tuple[str, l
                 break
         if len({image.shape for image in images}) > 1:
             tqdm.write(f"error: {' and '.join(paths)}: flow needs frames of one size", sys.stderr)
-            bad.add(f"{paths}")
+            bad.add(" and ".join(paths))  # each may fit another
         elif len(images) == len(paths):
             yield paths[0], images
 
@@ -498,7 +516,10 @@ def save_depth(path: str, depth: np.ndarray, options: dict) -> None:
 
 
 def save_ids(path: str, label: np.ndarray, data: str) -> None:
-    """Train ids (H, W) as a PNG of the data set's own ids, as its server takes them."""
+    """Train ids (H, W) as a PNG of the data set's own ids, as its server takes them.
+
+    Of classes that merge several ids (nyu13: NYU's 40), the first.
+    """
     cls = datasets.LABELLED.get(data)
     if cls is None:
         raise InputError(f"the network was trained on {data}, whose ids are not known here")
@@ -509,6 +530,7 @@ def save_ids(path: str, label: np.ndarray, data: str) -> None:
 
 
 def predict_command(args: argparse.Namespace) -> int:
+    refuse_output(args.output, args.images)
     model, options = load(args.weights, utils.pick_device(args.device))
     task = options["task"]
     inputs = list_inputs(args.images, source_offset(options))
@@ -571,9 +593,11 @@ def grid_command(args: argparse.Namespace) -> int:
     """One picture: images in rows, in columns what each network makes of them, or its Grad-CAM."""
     models = load_models(args)
     labels = {} if args.images else coloured_labels(args)
-    offset = None
-    for _, options in models.values():
-        offset = offset or source_offset(options)  # then only images with a source make rows
+    refuse_output(args.output, args.images or list(labels))
+    offsets = {source_offset(options) for _, options in models.values()} - {None}
+    if len(offsets) > 1:
+        raise InputError("the flow networks were trained on different --frame_ids: one grid for each")
+    offset = next(iter(offsets), None)  # then only images with a source make rows
     inputs = list_inputs(args.images or list(labels), offset)
     bad = set()
     rows = {}

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from contextlib import suppress
 
 import torch
@@ -32,6 +33,7 @@ PREFIXES = (  # what wrappers put before every key
     "dinov2_with_registers.",
     "vit.",
 )
+PROFILED = ("total_ops", "total_params")  # counts that thop leaves among the weights
 UNSUPPORTED = {  # part of a key: what is behind it
     ".mlp.w12.": "SwiGLU blocks, as of DINOv2's giant",
     ".mlp.weights_in.": "SwiGLU blocks, as of DINOv2's giant",
@@ -394,16 +396,26 @@ FORMATS = (
 )
 
 
+# Name, the key that tells, and the function of what may stand behind any prefix, its training unknown.
+# Not ViTs, which normalise images and resize positions as they were trained.
+BEHIND_ANY_PREFIX = (
+    ("DeepLabV3", "classifier.0.convs.0.0.weight", from_deeplab),
+    ("ResNet", "layer4.0.conv1.weight", from_resnet),
+    ("EfficientNet-Lite0", "_conv_stem.weight", from_efficientnet_lite),
+)
+
+
 def recognise(path: str, content: dict) -> tuple[str, dict, dict]:
     """A file's format by its keys: (name, parts under our names, options).
 
     Raises InputError, with the inner keys, where it is none of FORMATS, and where it is not whole.
     """
-    wrapper, tensors = unwrap(content)
+    refuse_monodepth2_file(path, content)
+    wrapper, tensors = unwrap(path, content)
     for part, reason in UNSUPPORTED.items():
         if any(part in key for key in tensors):
             raise InputError(f"{path} is not supported: {reason}")
-    found = find_format(tensors, wrapper)
+    found = find_format(tensors, wrapper) or find_behind_prefix(path, tensors)
     if found is None:
         keys = ", ".join(list(tensors)[:4]) or "no tensors"
         raise InputError(f"{path} has an unknown format; it holds {keys}")
@@ -422,20 +434,50 @@ def recognise(path: str, content: dict) -> tuple[str, dict, dict]:
     return name, parts, options
 
 
-def unwrap(content: dict) -> tuple[str, dict]:
-    """The tensors of a file, and the key of the dict they stood in, if any."""
+def refuse_monodepth2_file(path: str, content: dict) -> None:
+    """A folder of Monodepth2 is read as a whole; its encoder.pth holds the images' size as well."""
+    is_encoder = "encoder.conv1.weight" in content and "height" in content
+    if is_encoder or "decoder.0.conv.conv.weight" in content:
+        raise InputError(f"{path} is one file of a Monodepth2 folder: give its folder")
+
+
+def unwrap(path: str, content: dict) -> tuple[str, dict]:
+    """The tensors of a file's network, and the key of the dict they stood in, if any.
+
+    Under an unusual key it must be the only network there: not that of an optimizer, by its keys.
+    """
+    held = dicts_of_tensors(content)
     for wrapper in WRAPPERS:
-        inner = content.get(wrapper)
-        if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):
-            return wrapper, tensors_of(inner)
-    return "", tensors_of(content)
+        if wrapper in held:
+            return wrapper, held[wrapper]
+    fitting = []
+    for place, tensors in held.items():
+        if find_format(tensors, place) or find_behind_prefix(path, tensors):
+            fitting.append(place)
+    if len(fitting) > 1 and "" not in fitting:
+        raise InputError(f"{path} holds several networks ({', '.join(fitting)}): save one alone")
+    place = next(iter(fitting or held), "")
+    return place, held.get(place, {})
+
+
+def dicts_of_tensors(content: dict, place: str = "", levels: int = 3) -> dict[str, dict]:
+    """Every dict that holds tensors, by its place in a file, as "model.state_dict"."""
+    held = {}
+    tensors = tensors_of(content)
+    if tensors:
+        held[place] = tensors
+    for key, value in content.items():
+        if isinstance(value, dict) and levels > 0:
+            inner = f"{place}.{key}" if place else f"{key}"
+            held |= dicts_of_tensors(value, inner, levels - 1)
+    return held
 
 
 def tensors_of(content: dict) -> dict:
     """What is a tensor in a dict, in float32 where it was saved in half precision."""
     tensors = {}
     for key, value in content.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not str(key).endswith(PROFILED):
             tensors[str(key)] = value.float() if value.is_floating_point() else value
     return tensors
 
@@ -454,11 +496,24 @@ def find_format(tensors: dict, wrapper: str) -> tuple | None:
     return None
 
 
+def find_behind_prefix(path: str, tensors: dict) -> tuple | None:
+    """(name, function, tensors) of a network of BEHIND_ANY_PREFIX; refuses a choice of several."""
+    for name, tell, function in BEHIND_ANY_PREFIX:
+        prefixes = [key.removesuffix(tell) for key in tensors if key.endswith(f".{tell}")]
+        if len(prefixes) > 1:
+            raise InputError(f"{path} holds several networks ({', '.join(prefixes)}): save one alone")
+        if prefixes:
+            return name, function, below(tensors, prefixes[0])
+    return None
+
+
 # ------------------------------------------------------------------------------------ files
 
 
 def read_file(path: str) -> dict:
     """A file of torch, or of safetensors where that package is installed. Raises InputError if damaged."""
+    if is_torchscript(path):
+        raise InputError(f"{path} is TorchScript, a program: save the network's state_dict instead")
     if not is_safetensors(path):
         return read_tensors(path)
     try:
@@ -477,6 +532,15 @@ def is_safetensors(path: str) -> bool:
         return False
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
+
+
+def is_torchscript(path: str) -> bool:
+    """Such a file is a zip like any other of torch, but with the constants of its code."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("/constants.pkl") for name in file.namelist())
+    except Exception:  # noqa: BLE001  (no zip, or damaged, which read_tensors tells)
+        return False
 
 
 def imagenet_checkpoint(encoder: str) -> tuple[str, dict, dict]:

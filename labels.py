@@ -30,7 +30,7 @@ from utils import IGNORE, InputError
 
 SPLITS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "splits")
 IN_MEMORY = 2 ** 31  # bytes of resized images that are kept decoded
-CROPPED = 0.01  # a label's aspect may differ so much: some copies are a few pixels off
+CROPPED = 0.01  # a label's aspect may differ by this much: some copies are a few pixels off
 
 # Raw id, colour and name of each class, in the order of train ids.
 CITYSCAPES = """
@@ -194,7 +194,7 @@ class Labelled(Samples):
             train = self.table[i]
             colour = tuple(colours[3 * i:3 * i + 3])
             shown = classes.get(colour, train)
-            if shown != train != IGNORE:
+            if train not in (shown, IGNORE):
                 raise InputError(
                     f"{path}: the palette shows id {i}, {self.classes[train]}, in the colour of "
                     f"{self.classes[shown]}: these are places in a palette, not the data set's ids")
@@ -238,7 +238,14 @@ class Labelled(Samples):
         for index in range(count):
             _, label = self.load(index, native_label)
             seen |= set(label.unique().tolist())
+        if self.keep and seen == {IGNORE}:
+            self.refuse_unlabelled("evaluated" if native_label else "training")
         return seen
+
+    def refuse_unlabelled(self, use: str) -> None:
+        """Without a label there is nothing to learn or score."""
+        folder = os.path.dirname(self.pairs[0][1])
+        raise InputError(f"{folder}: no {use} pixel is labelled, in {len(self)} images")
 
     def in_memory(self) -> dict[str, tuple] | None:
         if self.arrays is None and self.keep:
@@ -305,13 +312,16 @@ def leave_images_out(pairs: list[tuple], names: list[str], everything: list[tupl
 
 
 def read_names(path: str) -> list[str]:
-    """The images that a split file lists: the first word a line, without folder and extension."""
-    words = [line.split()[0] for line in read_lines(path)]
+    """The images that a folder holds or a split file lists (the first word of each line), by bare name."""
+    if os.path.isdir(path):
+        words = image_names(path)
+    else:
+        words = [line.split()[0] for line in read_lines(path)]
     return [os.path.splitext(os.path.basename(word))[0] for word in words]
 
 
 def refuse_overlap(names: str, others: str) -> None:
-    """Refuses a list of training images that shares some with the list for evaluation."""
+    """Refuses a list or folder of training images that shares some with one for evaluation."""
     shared = sorted(set(read_names(names)) & set(read_names(others)))
     if shared:
         raise InputError(f"{names} and {others} share {len(shared)} images, {shared[0]} first")
@@ -380,9 +390,15 @@ class CamVid(Labelled):
     splits = ("train", "val", "test")
 
     def list_pairs(self, root: str, split: str) -> list[tuple[str, str]]:
-        pairs = pair_up(os.path.join(root, split), os.path.join(root, f"{split}annot"))
+        images = os.path.join(root, split)
+        pairs = pair_up(images, os.path.join(root, f"{split}annot"))
         if split == "val" and os.path.isdir(os.path.join(root, "test")):
             pairs += self.list_pairs(root, "test")
+        if split == "train":
+            for other in ("val", "test"):
+                evaluated = os.path.join(root, other)
+                if os.path.isdir(evaluated):
+                    refuse_overlap(images, evaluated)
         return pairs
 
 

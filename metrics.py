@@ -97,7 +97,7 @@ def evaluate_depth_image(
     if scale == "affine":
         inverse = fit_inverse_depth(inverse, measured).clip(1 / max_depth)
         scale = 1.0
-    predicted = 1 / inverse
+    predicted = 1 / inverse.clip(1e-6)  # DPT's relu may end in 0
     ratio = float(np.median(measured) / np.median(predicted))
     if scale == "median":
         scale = ratio
@@ -278,10 +278,12 @@ def evaluate_segmentation(
 
     for module, mode in modes.items():
         module.training = mode
+    labelled = int(confusion[:-1].sum())
+    if labelled == 0:
+        dataset.refuse_unlabelled("evaluated")
     scores = segmentation_scores(confusion)
     scores["iou"] = dict(zip(dataset.classes, scores["iou"]))
-    labelled = int(confusion[:-1].sum())
-    scores["cross_entropy"] = float(nats) / max(labelled, 1)
+    scores["cross_entropy"] = float(nats) / labelled
     scores["images"] = len(dataset)
     if has_release_classes:
         scores["release_miou"] = float(np.nanmean(release))
@@ -289,7 +291,7 @@ def evaluate_segmentation(
 
 
 def batch_size(dataset: Labelled) -> int:
-    """As many images as evaluation takes at once."""
+    """How many images evaluation takes at once."""
     height, width = dataset.size
     return max(1, min(8, len(dataset), EVALUATION_PIXELS // (height * width)))
 
@@ -299,7 +301,7 @@ def batch_size(dataset: Labelled) -> int:
 def refuse_nonfinite(terms: dict, module: torch.nn.Module, step: int, indices: torch.Tensor) -> None:
     """Before the update, ends a run whose loss or gradient is not finite (exit code 1).
 
-    A GPU is asked at some steps only: what is bad may be so since an earlier one.
+    A GPU is checked only at some steps: the fault may lie in an earlier one.
     """
     bad = [name for name, value in terms.items() if not value.isfinite()]
     gradients = {}
@@ -307,14 +309,14 @@ def refuse_nonfinite(terms: dict, module: torch.nn.Module, step: int, indices: t
         if parameter.grad is not None:
             gradients[f"gradient of {name}"] = parameter.grad
     norm = torch.nn.utils.get_total_norm(gradients.values())
-    if not bad and not norm.isfinite():
-        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    if bad:
-        sys.exit(f"stopped: {bad[-1]} is not finite by step {step} (its samples: {indices.tolist()})")
+    if not bad and not norm.isfinite():  # the last one is nearest to the loss
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()][-1:]
+    if bad:  # the loss is the sum of the terms before it
+        sys.exit(f"stopped: {bad[0]} is not finite by step {step} (its samples: {indices.tolist()})")
 
 
 def warn_of_trouble(terms: dict, views: dict, known: dict[str, str]) -> None:
-    """Prints what looks wrong and is not among the known, and adds it to these."""
+    """Prints whatever looks wrong and is not yet in `known`, and adds it."""
     found = find_trouble(terms, views)
     for kind in found.keys() - known.keys():
         tqdm.write(f"warning: {found[kind]}")
@@ -337,8 +339,8 @@ def find_trouble(terms: dict, views: dict) -> dict[str, str]:
             trouble["depth"] = ("disparity is nearly the same everywhere: try another --seed "
                                 "or a lower --learning_rate")
     if "poses" in views:
-        change = (views["poses"] - torch.eye(4, device=views["poses"].device))[:, :, :3]  # (B, S, 3, 4)
-        turned = change[..., :3].abs().mean((0, 2, 3))  # (S,)
+        change = (views["poses"] - torch.eye(4, device=views["poses"].device))[:, :, :3]  # (B, V, 3, 4)
+        turned = change[..., :3].abs().mean((0, 2, 3))  # (V,)
         moved = change[..., 3].norm(dim=-1).mean(0) / views["depth"].mean()
         # of the source that moves least: the other camera, if it is one, is not learned
         if float(torch.maximum(turned, moved).amin()) < 1e-3:

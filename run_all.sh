@@ -21,8 +21,8 @@
 #   KITTI (or KITTI_RAW and KITTI_LABELS), CITYSCAPES, NYU (labelled), NYU_RAW (scenes), VOC, ADE20K, CAMVID: roots
 #   STREET, where the street is rendered   SUFFIX=jpg|png of KITTI's frames
 #   WEIGHTS=weights, downloaded checkpoints   CACHE, a folder for decoded frames
-#   of real: SIZE="64 192" CAMVID_SIZE="96 128" BATCH=4, pre-training STEPS=1000 at RATE=1e-3, fine-tuning
-#   TUNING_STEPS=300 at TUNING_RATE=1e-3
+#   of real: REAL=runs/real, its folder of runs   SIZE="64 192"   CAMVID_SIZE="96 128"   BATCH=4
+#   pre-training STEPS=1000 at RATE=1e-3, fine-tuning TUNING_STEPS=300 at TUNING_RATE=1e-3
 # shellcheck disable=SC2034,SC2046,SC2086  # settings are words; functions read those of their caller
 # shellcheck disable=SC2329  # called by name
 set -euo pipefail
@@ -57,7 +57,7 @@ esac
 [ -z "$PUBLISHED" ] || [ "$DATA" = kitti ] ||
   fail "PUBLISHED=1, Monodepth2's weights, needs DATA=kitti"
 
-if [ "$DATA" = synthetic ]; then  # two CPU cores: small, one thread a job
+if [ "$DATA" = synthetic ]; then  # two CPU cores: small, one thread per job
   JOBS=${JOBS:-2} CACHE=${CACHE-$RUNS/cache}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   video=(--data synthetic --data_path "$STREET") labels=("${video[@]}")

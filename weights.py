@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders import POSITION_RULES, VITS
-from formats import POSITIONS, imagenet_checkpoint, read_file, recognise
+from formats import POSITIONS, PROFILED, imagenet_checkpoint, read_file, recognise
 from networks import ARCHITECTURES, ATROUS_RATES, SETTINGS, Network, PoseNet, build, is_head, scale_translation
 from utils import InputError
 
@@ -25,7 +25,7 @@ MONODEPTH2_FILES = {
     "pose": "pose.pth",
 }
 MONODEPTH2_RANGE = 0.1, 100.0  # of depth, in Monodepth2's unit
-MONODEPTH2_UNIT = 5.4  # metres, where it was trained with stereo: it takes KITTI's baseline for 0.1
+MONODEPTH2_UNIT = 5.4  # metres, where it was trained with stereo: it sets KITTI's baseline to 0.1
 OPTION_TYPES = {  # what model.pt may say, and as what
     str: ("task", "supervision", "data", "arch", "encoder", "dpt_layers", "positions", "output"),
     int: ("height", "width", "samples", "steps", "output_stride", "registers"),
@@ -42,8 +42,10 @@ def read_checkpoint(path: str) -> tuple[str, dict, dict]:
     """A checkpoint by its content: (format, parts, options).
 
     path: our model.pt, a run folder, a folder of Monodepth2 or Hugging Face, or a file of formats.py.
-    parts: state dicts of "encoder", "decoder", "pose_encoder", "pose".
+    parts: state dicts of "encoder", "decoder", "pose_encoder", "pose", "intrinsics".
     """
+    if not path:
+        raise InputError("the path of the weights is empty")
     if os.path.isdir(path):
         for name in ("model.pt", "model.safetensors", "pytorch_model.bin"):
             if os.path.isfile(os.path.join(path, name)):
@@ -78,7 +80,8 @@ def read_monodepth2(folder: str) -> tuple[str, dict, dict]:
         if os.path.isfile(path):
             parts[part] = read_file(path)
     if "encoder" not in parts:
-        raise InputError(f"{folder} holds neither model.pt nor encoder.pth")
+        here = " (the current folder, as of an empty path)" if folder == os.curdir else ""
+        raise InputError(f"{folder}{here} holds neither model.pt nor encoder.pth")
     if ("pose" in parts) != ("pose_encoder" in parts):
         raise InputError(f"{folder}: pose_encoder.pth and pose.pth belong together, one is missing")
     encoder = parts["encoder"]
@@ -142,7 +145,8 @@ def fit(module: nn.Module, state: dict, name: str, path: str, heads: str = "that
     problems = []
     for key, value in state.items():
         head = is_head(module, key)
-        if key.startswith("encoder.fc.") or (head and heads == "none"):
+        left = key.startswith("encoder.fc.") or key.endswith(PROFILED)
+        if left or (head and heads == "none"):
             continue
         if key in own and value.shape == own[key].shape:
             taken[key] = value
@@ -184,8 +188,8 @@ def load_weights(model: Network, path: str, task: str, parts: str = "all",
                  pose: PoseNet | None = None, min_depth: float | None = None) -> str:
     """Load a checkpoint ("none", "imagenet" or a path) into a model and say what was taken.
 
-    task: of the model; the head of another task's checkpoint is not taken. parts: "encoder" leaves the
-    decoder as it is; "all" demands both, unless the format has only an encoder. pose: loaded as well
+    task: of the model; the head of another task's checkpoint is not taken. parts: "encoder" leaves
+    the rest as it is; "all" demands both, unless the format has only an encoder. pose: loaded with "all"
     where the checkpoint has one; its translations keep their ratio to depth, whose unit min_depth tells.
     Raises InputError naming the first mismatches.
     """
@@ -209,7 +213,7 @@ def load_weights(model: Network, path: str, task: str, parts: str = "all",
         taken.append("decoder fresh")
     if pose is not None and path == "imagenet":
         taken.append(load_imagenet_pose(model, pose))
-    elif pose is not None and "pose" in state:
+    elif pose is not None and parts == "all" and "pose" in state:
         taken.append(fit(pose.encoder, state["pose_encoder"], "pose_encoder", path))
         taken.append(fit(pose.decoder, state["pose"], "pose", path))
         if min_depth:
@@ -234,14 +238,16 @@ def fit_decoder(model: Network, state: dict, options: dict, path: str, task: str
 
 
 def demand_same(key: str, model: Network, options: dict, path: str) -> None:
-    trained = options.get(key, model.settings[key])
-    if trained != model.settings[key]:
-        raise InputError(f"{path} was trained with --{key} {trained}: say so here, too")
+    own = model.settings[key]
+    trained = options.get(key, own)
+    if trained != own:
+        raise InputError(f"{path} was trained with {key} {trained}, this network has {own}: "
+                         f"say so with --{key}, where the script has it")
 
 
 def load_imagenet_pose(model: Network, pose: PoseNet) -> str:
     """The pose network starts from ImageNet, too, both frames with the same filters."""
-    if model.encoder.name == "efficientnet_lite0":  # whose users may have no ResNet-18 of torchvision
+    if model.encoder.name == "efficientnet_lite0":  # its users may lack torchvision's
         return "pose fresh"
     state = imagenet_checkpoint(pose.encoder.name)[1]["encoder"]
     filters = state["encoder.conv1.weight"]

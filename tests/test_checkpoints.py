@@ -4,6 +4,7 @@
     FUZZ=2000 FUZZ_SEED=7 python -m pytest tests/test_checkpoints.py -k damaged
 """
 
+import itertools
 import json
 import os
 import struct
@@ -140,7 +141,7 @@ def test_other_settings_are_refused(tmp_path):
     model = networks.build("dpt", "vit_s16", 1, dpt_layers="last")
     options = {**DEPTH_OPTIONS, "arch": "dpt", "encoder": "vit_s16", "dpt_layers": "last"}
     path = own_file(tmp_path, model, options)
-    with pytest.raises(InputError, match="--dpt_layers last"):
+    with pytest.raises(InputError, match="dpt_layers last, this network has spread"):
         load("dpt", "vit_s16", path)
     load("dpt", "vit_s16", path, dpt_layers="last")
 
@@ -185,6 +186,8 @@ def test_monodepth2_folders(tmp_path):
         "use_stereo": True,
         "encoder.fc.weight": torch.zeros(1000, 2048),
         "encoder.fc.bias": torch.zeros(1000),
+        "encoder.conv1.total_ops": torch.zeros(1),  # thop leaves them
+        "total_params": torch.zeros(1),
     }
     torch.save({**depth.encoder.state_dict(), **extra}, tmp_path / "encoder.pth")
     torch.save(depth.decoder.state_dict(), tmp_path / "depth.pth")
@@ -203,6 +206,8 @@ def test_monodepth2_folders(tmp_path):
     assert message.endswith("encoder 318/318, decoder 28/28, pose_encoder 318/318, pose 8/8")
     for ours, theirs in zip(other.parameters(), pose.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    message = weights.load_weights(objective.model, str(tmp_path), "depth", "encoder", pose=other)
+    assert message.endswith("encoder 318/318, decoder fresh")
     partial = {"net.0.weight": pose.decoder.state_dict()["net.0.weight"]}
     torch.save(partial, tmp_path / "pose.pth")
     with pytest.raises(InputError, match="does not fit pose"):
@@ -247,7 +252,8 @@ def test_missing_unknown_and_odd_tensors_are_refused(tmp_path):
         r"\(64,\) here, \(32,\) there": {**state, "bn1.weight": torch.zeros(32)},
         "not finite": {**state, "bn1.weight": torch.full((64,), torch.nan)},
     }
-    for words, content in changes.items():
+    for prefix, words in itertools.product(("", "net.trunk."), changes):
+        content = under(prefix, changes[words])
         model = networks.build("unet", "resnet18", 3)
         before = model.encoder.encoder.conv1.weight.clone()
         with pytest.raises(InputError, match=words) as refusal:
@@ -261,10 +267,22 @@ HYBRID = "pretrained.model.patch_embed.backbone.stem.conv.weight"
 LAST = {"step": 3, "args": {}, "log_size": 9, "model": {"encoder": {}}, "optimizer": {}}
 THREE = torch.zeros(3)
 TOKEN = torch.zeros(1, 1, 384)
+RESNET = {"layer4.0.conv1.weight": THREE}
+SIAMESE = {**under("online.0.", RESNET), **under("target.0.", RESNET)}
+ENDLESS = {}
+ENDLESS["net"] = ENDLESS
 UNSUPPORTED = [  # content, and what is said of it
     ({"state_dict": {"stages.0.weight": THREE}}, "stages.0.weight"),
+    ({"net.cls_token": TOKEN, "net.patch_embed.proj.weight": THREE}, "holds net.cls_token"),
     ({"epoch": 3}, "no tensors"),
+    ({"net": RESNET, "ema": RESNET}, r"several networks \(net, ema\)"),
+    ({"model": {"net": RESNET, "ema": RESNET}}, r"several networks \(model.net, model.ema\)"),
+    (SIAMESE, r"several networks \(online.0., target.0.\)"),
+    ({"state_dict": SIAMESE}, r"several networks \(online.0., target.0.\)"),
+    ({"encoder.conv1.weight": THREE, "height": 192}, "give its folder"),
+    ({"decoder.0.conv.conv.weight": THREE}, "give its folder"),
     ({}, "no tensors"),
+    (ENDLESS, "no tensors"),
     ({"teacher": {"blocks.0.mlp.w12.weight": THREE}}, "SwiGLU"),
     ({"model": {"dist_token": THREE}}, "distilled"),
     ({HYBRID: THREE}, "hybrid"),
@@ -285,6 +303,26 @@ def test_what_is_not_supported_says_why(tmp_path, content, words):
     with pytest.raises(InputError, match=words) as refusal:
         weights.read_checkpoint(path)
     assert str(refusal.value).startswith(path)
+
+
+def test_torchscript_says_so(tmp_path, recwarn):
+    """A file or the one of a folder; torch would warn in two lines and call it damaged."""
+    path = str(tmp_path / "model.pt")
+    torch.jit.trace(torch.nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 8, 8)).save(path)
+    recwarn.clear()
+    for place in (path, str(tmp_path)):
+        with pytest.raises(InputError, match="TorchScript.*state_dict") as refusal:
+            weights.read_checkpoint(place)
+        assert str(refusal.value).startswith(path)
+    assert not recwarn.list
+
+
+def test_an_empty_path_says_so(tmp_path, monkeypatch):
+    """As of a variable that is not set; training options make a dot of it."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("", os.path.normpath("")):
+        with pytest.raises(InputError, match="empty"):
+            weights.read_checkpoint(path)
 
 
 def test_whole_networks_are_needed_to_predict(tmp_path):

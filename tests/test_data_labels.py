@@ -265,6 +265,15 @@ def test_camvid_is_scored_on_val_and_test_together(tmp_path):
     assert sizes == {"train": 4, "val": 8, "test": 5}
 
 
+@pytest.mark.parametrize("split", ("val", "test"))
+def test_camvid_does_not_train_on_what_it_is_scored_on(tmp_path, split):
+    """An image is known by its name, as in the lists of VOC and NYU, whatever its extension."""
+    root = make_data.write_camvid(tmp_path)
+    make_data.write_image(f"{root}/{split}/0001TP_006690.jpg")
+    words = f"{root}/train and {root}/{split} share 1 images, 0001TP_006690"
+    assert_refused(words, labelled, "camvid", root, "train", train=True)
+
+
 def test_a_split_that_is_not_there(tmp_path):
     """CamVid has a test split elsewhere; here the folder is absent, which is said."""
     root = make_data.write_camvid(tmp_path)
@@ -337,6 +346,22 @@ def test_missing_labels_and_images(tmp_path):
     assert_refused(lost.name, labelled, "camvid", root, "val")
     shutil.rmtree(f"{root}/val")
     assert_refused("val", labelled, "camvid", root, "val")
+
+
+@pytest.mark.parametrize("split, use", (("train", "training"), ("val", "evaluated")))
+def test_images_without_any_label_are_refused_before_a_run(tmp_path, split, use):
+    """One labelled pixel is enough."""
+    root = make_data.write_camvid(tmp_path, ids=(11,))
+    native = split == "val"
+    data = labelled("camvid", root, split)
+    words = f"{split}annot: no {use} pixel is labelled"
+    assert_refused(words, data.read_all, native_label=native)
+
+    label = np.full((64, 96), 11, np.uint8)
+    label[32, 48] = 3
+    make_data.write_array(data.pairs[0][1], label)
+    data = labelled("camvid", root, split)
+    assert data.read_all(native) == {3, IGNORE}
 
 
 def test_everything_is_read_before_a_run(tmp_path):

@@ -103,6 +103,11 @@ def without_decoder(path: Path) -> None:
     torch.save(content, path)
 
 
+def monodepth2_encoder(path: Path) -> None:
+    sizes = {"height": 192, "width": 640, "use_stereo": True}
+    torch.save({**depth_network()["encoder"], **sizes}, path)
+
+
 def network_with_nan(path: Path) -> None:
     content = depth_network()
     content["encoder"]["encoder.conv1.weight"][0] = torch.nan
@@ -173,12 +178,14 @@ INPUTS = {
     "labels": labels,
     "no_labels": lambda path: shutil.rmtree(labels(path)),
     "half_labels": truncated_labels,
+    "void_labels": lambda path: labels(path, ids=(0,)),
     "labels_77": lambda path: labels(path, ids=(7, 26, 77)),
     "train_ids": train_ids,
     "depth.pt": lambda path: torch.save(depth_network(), path),
     "resnet50.pt": lambda path: torch.save(depth_network("resnet50"), path),
     "partial.pt": partial_network,
     "encoder.pt": without_decoder,
+    "encoder.pth": monodepth2_encoder,
     "nan.pt": network_with_nan,
     "flow.pt": network_of_flow,
     "four_classes.pt": network_of_four_classes,
@@ -431,6 +438,9 @@ half_labels/training/semantic
 $ train_seg.py --data kitti --data_path labels_77
 labels_77/training/semantic ... 77
 
+$ train_seg.py --data kitti --data_path void_labels
+void_labels/training/semantic ... no evaluated pixel is labelled
+
 $ train_seg.py --data kitti --data_path train_ids
 train_ids/training/semantic ... train ids
 
@@ -486,6 +496,12 @@ page.pth
 $ train_seg.py --data kitti --data_path labels --init last.pt
 last.pt ... model.pt
 
+$ train_seg.py --data kitti --data_path labels --init encoder.pth
+encoder.pth ... Monodepth2 ... give its folder
+
+$ train_seg.py --data kitti --data_path labels --init ''
+empty path
+
 $ train_seg.py --data kitti --data_path labels --init layer_scale.pt
 layer_scale.pt
 
@@ -508,6 +524,15 @@ bomb.pt
 
 $ evaluate.py grid picture.png --weights bomb.pt --output out.png
 bomb.pt
+
+$ evaluate.py depth --weights ''
+path ... empty
+
+$ evaluate.py predict video --weights depth.pt --output video/predictions
+--output video/predictions ... video
+
+$ evaluate.py grid picture.png --weights depth.pt --output picture.png
+--output picture.png ... picture.png
 
 $ evaluate.py seg --weights depth.pt
 depth.pt

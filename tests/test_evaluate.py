@@ -197,16 +197,16 @@ def test_depth_without_a_unit_says_what_its_png_means(tmp_path, use_model, relat
         "--weights",
         "model",
         "--output",
-        tmp_path,
+        tmp_path / "out",
         "--arrays",
         expect=0,
     )
-    picture = Image.open(tmp_path / "a_depth_16bit.png")
+    picture = Image.open(tmp_path / "out" / "a_depth_16bit.png")
     formula = picture.text["Description"]
     assert formula.startswith("depth = ") and "without a unit" in formula
     number = float(formula.split()[2])
     depth = number / np.array(picture)
-    assert depth == pytest.approx(np.load(tmp_path / "a_depth.npy"), rel=1e-3)
+    assert depth == pytest.approx(np.load(tmp_path / "out" / "a_depth.npy"), rel=1e-3)
     if relative:  # brightness is 1 / depth up to a factor
         assert depth[32, 10] / depth[32, 90] == pytest.approx(4, rel=1e-3)
 
@@ -262,11 +262,11 @@ def test_depth_range_by_hand(tmp_path, use_model):
         "--weights",
         "model",
         "--output",
-        tmp_path,
+        tmp_path / "out",
         "--depth_range",
     )
     call(evaluate, *words, near, far, expect=0)
-    picture = read_png(tmp_path / "a_depth.png")
+    picture = read_png(tmp_path / "out" / "a_depth.png")
     ends = (255 * pictures.DEPTH_COLOURS[[0, -1]]).round()
     assert np.abs(picture[32, [10, 90]] - ends.numpy()).max() <= 2
     assert_one_line(call(evaluate, *words, far, near), "--depth_range")
@@ -284,15 +284,15 @@ def test_label_ids_in_the_data_sets_own_coding(tmp_path, use_model):
         "--weights",
         "model",
         "--output",
-        tmp_path,
+        tmp_path / "out",
         "--arrays",
         expect=0,
     )
-    ids = read_png(tmp_path / "a_segmentation_ids.png")
-    train = np.load(tmp_path / "a_segmentation.npy")
+    ids = read_png(tmp_path / "out" / "a_segmentation_ids.png")
+    train = np.load(tmp_path / "out" / "a_segmentation.npy")
     assert set(np.unique(ids)) <= set(CITYSCAPES_IDS) and len(np.unique(ids)) > 2
     assert (datasets.LABELLED["cityscapes"].table[ids] == train).all()
-    assert read_png(tmp_path / "a_segmentation.png").shape == (64, 96, 3)
+    assert read_png(tmp_path / "out" / "a_segmentation.png").shape == (64, 96, 3)
 
 
 @pytest.mark.parametrize("data", sorted(set(datasets.LABELLED)))
@@ -433,6 +433,43 @@ def test_pictures_of_any_kind_and_size(tmp_path, use_model):
     }
 
 
+@pytest.mark.parametrize(
+    "inputs, output",
+    (
+        ("video", "video"),
+        ("video", "video/predictions"),
+        ("video", "link"),
+        ("link", "video/a/b"),
+        ("other video", "video"),
+        ("other/c.png video/a.png", "video"),
+        ("video/a.png", "video/a.png"),
+        ("link/a.png", "video"),
+    ),
+)
+def test_predictions_among_the_inputs_are_refused(tmp_path, monkeypatch, inputs, output):
+    """Before the network is loaded: they could replace images, and be taken for some later."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("video/a.png", "video/a_depth.png", "other/c.png"):
+        write_image(tmp_path / name)
+    os.symlink("video", "link")
+    before = sorted(tmp_path.rglob("*"))
+    result = call(evaluate, "predict", *inputs.split(), "--weights", "none", "--output", output)
+    assert_one_line(result, f"--output {output}: ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("output", ("predictions", "video_out", "video/../predictions"))
+def test_predictions_beside_the_inputs(tmp_path, monkeypatch, use_model, output):
+    """What the README shows: a file in the current folder, a folder there, and an output there."""
+    monkeypatch.chdir(tmp_path)
+    use_model("model", Brightness(), options("depth"))
+    for name in ("street.png", "video/1.png"):
+        write_image(tmp_path / name)
+    words = ("predict", "street.png", "video", "--weights", "model", "--output", output)
+    call(evaluate, *words, expect=0)
+    assert len(list(Path(output).glob("*_depth.png"))) == 2
+
+
 # ---------------------------------------------------------------- grid and gradcam
 
 
@@ -502,6 +539,30 @@ def test_what_a_grid_refuses(tmp_path, use_model):
     for command in ("grid", "gradcam"):
         assert_one_line(call(evaluate, command, *data), "flow", "two frames")
     assert_one_line(call(evaluate, "grid", *data, "--output", "grid.tiff"), "--output", ".png")
+    use_model("ahead", ShiftRight(), options("flow", frame_ids=[0, 1]))
+    assert_one_line(call(evaluate, "grid", root, "--weights", "flow", "ahead"), "--frame_ids")
+
+
+@pytest.mark.parametrize("command", ("grid", "gradcam"))
+@pytest.mark.parametrize("inputs", ("own.jpg video/1.jpg", "video", ""))
+def test_a_picture_never_replaces_its_inputs(tmp_path, monkeypatch, use_model, command, inputs):
+    """Neither a file, nor one of a folder, nor an image of the data set; the folder stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    use_model("model", Brightness(), options("depth"))
+    root = Path(make_data.write_semantics("data", 12))
+    image = make_data.labelled("kitti", root, "val").pairs[0][0]
+    for name in ("own.jpg", "video/1.jpg"):
+        write_image(tmp_path / name)
+    outputs = {
+        "own.jpg video/1.jpg": ("own.jpg", "video/1.jpg", "video/../own.jpg"),
+        "video": ("video/1.jpg", "video/grid.png"),
+        "": (image,),
+    }
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*g")}
+    words = (command, *inputs.split(), "--data", "kitti", "--data_path", root, "--weights", "model")
+    for output in outputs[inputs]:
+        assert_one_line(call(evaluate, *words, "--output", output), f"--output {output}: ")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*g")} == before
 
 
 # ---------------------------------------------------------------- evaluate.py depth
@@ -673,7 +734,8 @@ def test_nyu(tmp_path, use_model):
     """Eigen's crop, up to 10 m, median scaling on request, the constant from training images."""
     use_model("model", Brightness(), options("depth"))
     root = write_nyu(tmp_path / "nyu")
-    scores, out = evaluate_depth(root, tmp_path, "--constant_from", "0:2", data="nyu")
+    write_png(Path(root) / "depth" / "0002.png", np.full((480, 640), 2000, np.uint16))
+    scores, out = evaluate_depth(root, tmp_path, "--constant_from", "0:1", data="nyu")
     assert (
         scores["images"] == 2
         and scores["cap"] == 10
@@ -743,6 +805,15 @@ def test_seg_passes_its_options_on(tmp_path, monkeypatch, use_model):
     for more in ((), ("--flip",), ("--eval_mode", "slide")):
         call(evaluate, "seg", "--weights", "model", "--data_path", root, *more, expect=2)
     assert passed == [(None, False), (None, True), ((64, 96), False)]
+
+
+def test_seg_without_a_label_is_refused(tmp_path, use_model):
+    """Of whatever data set: there is no score then, and no NaN is saved for one."""
+    use_model("model", ColourClassifier(), options("segmentation"))
+    root = make_data.write_semantics(tmp_path / "data", 12, ids=(0,))
+    words = ("seg", "--weights", "model", "--data_path", root, "--output", tmp_path / "out")
+    assert_one_line(call(evaluate, *words), "semantic", "no evaluated pixel is labelled")
+    assert not (tmp_path / "out").exists()
 
 
 def test_label_pictures(monkeypatch):

@@ -330,6 +330,14 @@ def test_segmenter_is_scored_over_all_pixels(tmp_path):
     assert list(scores["iou"]) == list(CITYSCAPES_CLASSES)
 
 
+def test_a_data_set_without_any_label_has_no_score(tmp_path):
+    """No mean over no class; one that is too large to be read beforehand gets here."""
+    root = make_data.write_camvid(tmp_path, ids=(11,))
+    dataset = make_data.labelled("camvid", root, "val")
+    with pytest.raises(InputError, match="valannot: no evaluated pixel is labelled"):
+        metrics.evaluate_segmentation(ColourClassifier(11), dataset, CPU)
+
+
 def test_batches_have_one_size_and_no_image_counts_twice(tmp_path, monkeypatch):
     dataset = labelled_images(tmp_path)
     assert len(dataset) == 8
@@ -463,3 +471,24 @@ def test_scores_equal_cityscapes_own_evaluation(tmp_path, monkeypatch):
         assert scores["iou"][name] == pytest.approx(
             100 * result["classScores"][name]
         )
+
+
+# ---------------------------------------------------------------- what is not finite
+
+
+def test_inverse_depth_of_zero_is_far():
+    """DPT's relu may end in 0 at most pixels: scores stay numbers."""
+    measured = np.full((64, 96), 5.0, np.float32)
+    inverse = np.zeros((64, 96), np.float32)
+    inverse[:20] = 0.2
+    for scale in ("median", "affine", 1.0):
+        scores = metrics.evaluate_depth_image(inverse, measured, scale, crop=None)
+        assert all(np.isfinite(value) for value in scores.values())
+
+
+def test_the_term_that_is_not_finite_is_named():
+    """The loss is, too, as their sum."""
+    terms = {name: torch.tensor(1.0) for name in ("photometric", "smoothness", "loss")}
+    terms["smoothness"] = terms["loss"] = torch.tensor(torch.nan)
+    with pytest.raises(SystemExit, match="stopped: smoothness is not finite by step 3"):
+        metrics.refuse_nonfinite(terms, nn.Linear(1, 1), 3, torch.tensor([0]))

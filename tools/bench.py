@@ -294,7 +294,7 @@ def seg_command(options: Namespace) -> dict:
     model = training.objective.model
     dataset = NoiseLabels(options.images, training.args)
     dataset.read_all(native_label=True)  # decoding happens once per run, so it is not measured
-    metrics.evaluate_segmentation(model, dataset, training.device)  # so does loading kernels
+    metrics.evaluate_segmentation(model, dataset, training.device)  # as does loading kernels
     began = time.perf_counter()
     metrics.evaluate_segmentation(model, dataset, training.device)
     seconds = time.perf_counter() - began

@@ -359,7 +359,7 @@ def depth_table(claim: Claim) -> Table:
 
 
 def row_records(claim: Claim, network: str, labels: str, tuned: str) -> list[dict]:
-    """One dict a pre-training: means and intervals as numbers."""
+    """One dict per pre-training: means and intervals as numbers."""
     baseline = claim.cell(network, labels, tuned, "calibrated" if tuned == "frozen" else "none")
     records = []
     for init in claim.inits(network, labels, tuned):

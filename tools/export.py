@@ -57,7 +57,7 @@ def trace(model: nn.Module, options: dict, dynamic: bool) -> torch.export.Export
     example = torch.rand(batch, 3, options["height"], options["width"])
     shapes = None
     if dynamic:
-        if options["arch"] == "dpt" or options["encoder"] in networks.VITS:
+        if options["encoder"] in networks.VITS:
             raise InputError("--dynamic is not for a ViT, whose position embeddings have one size")
         stride = model.encoder.stride
         rows = torch.export.Dim("rows", min=2, max=128)

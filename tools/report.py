@@ -32,8 +32,8 @@ CAPTIONS = {  # of pictures that run_all.sh and --figures leave beside the runs
     "core.png": "Test images, their labels, and what each pre-training leads to.",
     "curves.png": "While fine-tuning: mean over seeds, and the range as a band (Figures 2, 4 and 8).",
     "sizes.png": "mIoU over the number of training images: mean and deviation over seeds (Figure 3).",
-    "claim_frozen.png": "The claim, frozen encoder: a point a seed, the bar is the mean and its 95 % interval.",
-    "claim_all.png": "The claim, all layers trained: a point a seed, the bar is the mean and its 95 % interval.",
+    "claim_frozen.png": "The claim, frozen encoder: a point per seed, the bar is the mean and its 95 % interval.",
+    "claim_all.png": "The claim, all layers trained: a point per seed, the bar is the mean and its 95 % interval.",
     "fig6.png": "What a shallow layer of each encoder reacts to, and its segmentation (Figure 6, Grad-CAM).",
     "fig7.png": "Flow and depth of the same video (Figure 7).",
 }
@@ -82,7 +82,7 @@ def lines_of(runs: list[FinishedRun]) -> dict[str, dict[str, list[FinishedRun]]]
 
 
 def curves_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
-    """A row a setting: training loss, mIoU and pixel accuracy while fine-tuning."""
+    """One row per setting: training loss, mIoU and pixel accuracy while fine-tuning."""
     panels = {title: lines for title, lines in lines_of(runs).items() if len(lines) > 1}
     if not panels:
         return None
@@ -116,7 +116,7 @@ def draw_band(axis: object, curves: list[dict[int, float]], label: str, colour: 
 
 
 def sizes_figure(pyplot: ModuleType, runs: list[FinishedRun]) -> object:
-    """A panel a setting: mIoU over the number of training images, where runs differ in it."""
+    """One panel per setting: mIoU over the number of training images, where runs differ in it."""
     few = [run for run in runs if run.segments and run.options["train_size"]]
     panels = {}
     for title, lines in group_runs(few, setting_but_images, ("train_size", "batch_size")).items():
@@ -157,7 +157,7 @@ def scores_by_images(runs: list[FinishedRun]) -> dict[int, list[float]]:
 
 
 def claim_figure(pyplot: ModuleType, claim: Claim, tuned: str) -> object:
-    """A row a network, a column a label set: every seed's mIoU, the mean and its 95 % interval."""
+    """One row per network, one column per label set: every seed's mIoU, the mean and its 95 % interval."""
     inits = {network: union_of_inits(claim, network, tuned) for network in claim.networks}
     inits = {network: names for network, names in inits.items() if names}
     if not inits:

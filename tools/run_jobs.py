@@ -2,8 +2,8 @@
 
     bash run_all.sh list table1 | python tools/run_jobs.py --jobs 2
 
-Reads a command a line. A job with a result is skipped; one that fails keeps only those from running
-that start from it. Output goes to <log_dir>/logs/<name>.txt. A signal is passed on to every job that
+Reads one command per line. A job with a result is skipped; where one fails, only the jobs that start
+from it are not run. Output goes to <log_dir>/logs/<name>.txt. A signal is passed on to every job that
 runs, which saves and ends. Exit codes: 0 all done, 2 some failed, 75 stopped by a signal.
 """
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import utils
 
 STOPPED = utils.STOPPED
-START_UP = 60  # steps that a process takes as long as to start and to evaluate, roughly
+START_UP = 60  # starting and evaluating take about as long as this many steps
 
 
 @dataclass

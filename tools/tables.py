@@ -468,7 +468,7 @@ def make_tables(runs: list[FinishedRun], names: list[str], log_dir: str, gaps: b
 
 
 def write_runs(runs: list[FinishedRun], path: str) -> None:
-    """tables.csv: a line a fine-tuning."""
+    """tables.csv: one line per fine-tuning."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     scores = ("miou", "release_miou", "pixel_accuracy", "cross_entropy")
