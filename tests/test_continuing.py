@@ -18,6 +18,7 @@ from conftest import (
     assert_same_runs,
     call,
     frames_run,
+    run_script,
     stop_after,
     write_frames,
     write_image,
@@ -71,27 +72,31 @@ def test_other_data_are_refused(unfinished, small_run, change):
     assert_one_line(refused, "--data_files", str(run))
 
 
+def write_associations(folder: Path, depths: list[int]) -> None:
+    """Four images, each with the depth of the frame of this number."""
+    lines = [f"{time} {time}.png {time} depth/{depth}.png" for time, depth in enumerate(depths)]
+    make_data.write_text(folder / "associations.txt", "\n".join(lines))
+
+
 @pytest.mark.parametrize("change", ("intrinsics", "depth"))
 def test_other_geometry_is_refused(tmp_path, monkeypatch, change):
     """The same images with other intrinsics, or with other frames' depth."""
-    names = [f"{number:04d}.png" for number in range(4)]
-    make_data.write_frames(tmp_path / "video", names)
-    for name in names[:2]:
-        make_data.write_depth(tmp_path / "video" / "depth" / name, 3)
-    options = [*SMALL, "--data", "frames", "--data_path", tmp_path / "video"]
-    options += ["--log_dir", tmp_path, "--name", "run", "--steps", 3]
+    video = tmp_path / "video"
+    make_data.write_frames(video, [f"{number}.png" for number in range(4)])
+    for number in range(4):
+        make_data.write_depth(video / "depth" / f"{number}.png", 3 + number)
+    options = [*SMALL, "--data", "frames", "--data_path", video, "--log_dir", tmp_path]
+    options += ["--name", "run", "--steps", 3]
     if change == "depth":
-        options += ["--supervision", "depth", "--batch_size", 1]
+        write_associations(video, [0, 1, 2, 3])
+        options += ["--supervision", "depth"]
     stop_after(1, monkeypatch)
     call(train_depth, *options, expect=utils.STOPPED)
     monkeypatch.undo()
     if change == "depth":
-        for name in names[:2]:
-            later = names[names.index(name) + 2]
-            depth = tmp_path / "video" / "depth"
-            (depth / name).rename(depth / later)
+        write_associations(video, [3, 2, 1, 0])
     else:
-        make_data.write_text(tmp_path / "video" / "intrinsics.txt", "70 70 47.5 31.5")
+        make_data.write_text(video / "intrinsics.txt", "70 70 47.5 31.5")
     assert_one_line(call(train_depth, *options), "--data_files")
 
 
@@ -161,6 +166,14 @@ def test_what_the_machine_refuses_ends_in_one_line(monkeypatch, small_run, error
 
     monkeypatch.setattr(train_depth, "make_dataset", fail)
     assert_one_line(call(train_depth, *frames_run(small_run)), str(error).split()[0])
+
+
+def test_a_name_that_a_terminal_cannot_show(tmp_path):
+    write_frames(tmp_path / "vidéo", 4)
+    options = [*SMALL, "--data", "frames", "--data_path", tmp_path / "vidéo", "--fov", 60]
+    options += ["--steps", 1, "--log_dir", tmp_path, "--name", "run"]
+    result = run_script("train_depth.py", *options, PYTHONIOENCODING="ascii:strict")
+    assert "vid\\xe9o" in result.out
 
 
 def test_output_below_a_file_is_refused(small_run):

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 import datasets
 import losses
-from images import natural_key, read_ids, read_image
+from images import image_size, natural_key, read_ids, read_image
 from utils import InputError
 
 # ------------------------------------------------------------------------------------ own frames: names and order
@@ -809,12 +809,13 @@ def test_images_of_every_kind_become_rgb(tmp_path):
     assert (ours.numpy() == (deep >> 8)).all()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
 def test_every_exif_orientation(tmp_path, orientation):
     path = make_data.write_image(tmp_path / "a.png", exif=make_data.turned(orientation))
     with Image.open(path) as image:
         expected = np.array(ImageOps.exif_transpose(image))
     assert (read_image(path).permute(1, 2, 0).numpy() == expected).all()
+    assert image_size(path) == expected.shape[:2]
 
 
 def test_images_that_are_refused(tmp_path, monkeypatch):

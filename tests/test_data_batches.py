@@ -663,9 +663,10 @@ def test_a_damaged_cache_is_refused(tmp_path):
         )
     path.write_bytes(content)
     assert_same_samples(plain, cached(root, tmp_path / "cache"))
-    for other in Path(tmp_path / "cache").rglob("*.json"):
-        other.write_text("{")
-    assert_refused("cache.*delete", read_everything, root, tmp_path / "cache")
+    for text in ("{", "[]"):
+        for other in Path(tmp_path / "cache").rglob("*.json"):
+            other.write_text(text)
+        assert_refused("cache.*delete", read_everything, root, tmp_path / "cache")
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(
