@@ -251,7 +251,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def seed_dropout(seed: int, step: int) -> None:
     """What networks draw themselves (DeepLabV3's dropout) follows from seed and step as well."""
-    torch.manual_seed(seed * 1_000_003 + step + 2**31)  # other numbers than step_generator's
+    torch.manual_seed(step_generator(seed, step).initial_seed() + 2**31)  # not jitter's numbers
 
 
 def draw_uniform(count: int, columns: int, generator: torch.Generator) -> Tensor:

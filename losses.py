@@ -203,7 +203,7 @@ def disparity_smoothness(disparity: Tensor, image: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- depth
 @dataclass(frozen=True)
 class PhotometricLoss:
-    """Self-supervised depth, the first term of Eq. (1), as in Monodepth2; no script sets ablations.
+    """Self-supervised depth, the first term of Eq. (1), as in Monodepth2; no script sets its ablations.
 
     automask: pixels that an unmoved source explains at least as well do not train.
     minimum: the best source counts at each pixel; if False, the mean of those that see it.

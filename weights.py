@@ -80,8 +80,7 @@ def read_monodepth2(folder: str) -> tuple[str, dict, dict]:
         if os.path.isfile(path):
             parts[part] = read_file(path)
     if "encoder" not in parts:
-        here = " (the current folder, as of an empty path)" if folder == os.curdir else ""
-        raise InputError(f"{folder}{here} holds neither model.pt nor encoder.pth")
+        raise InputError(f"{folder} holds neither model.pt nor encoder.pth")
     if ("pose" in parts) != ("pose_encoder" in parts):
         raise InputError(f"{folder}: pose_encoder.pth and pose.pth belong together, one is missing")
     encoder = parts["encoder"]

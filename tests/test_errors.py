@@ -500,7 +500,7 @@ $ train_seg.py --data kitti --data_path labels --init encoder.pth
 encoder.pth ... Monodepth2 ... give its folder
 
 $ train_seg.py --data kitti --data_path labels --init ''
-empty path
+. holds neither model.pt
 
 $ train_seg.py --data kitti --data_path labels --init layer_scale.pt
 layer_scale.pt
